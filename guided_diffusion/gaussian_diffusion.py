@@ -1,0 +1,176 @@
+"""Tables of a Gaussian diffusion, q(x_t | x_0), its posterior, and p(x_{t-1} | x_t).
+
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM); Nichol & Dhariwal 2021,
+"Improved DDPM". Symbols: β_t, α_t = 1 − β_t, ᾱ_t = α_1 ⋯ α_t; t counts from 0.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+
+def beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
+    """The variances β_t of the forward process, float64 (num_timesteps,).
+
+    `linear`: DDPM's 1e-4 … 2e-2 over 1000 steps, scaled for another number of steps.
+    `cosine`: Improved DDPM, eq. 17. Raises ValueError for another name.
+    """
+    if name == "linear":
+        scale = 1000 / num_timesteps
+        return np.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=np.float64)
+    if name == "cosine":
+        u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+        alphas_cumprod = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
+    raise ValueError(f"noise schedule {name!r} is neither 'linear' nor 'cosine'")
+
+
+@dataclass(frozen=True)
+class ReverseStep:
+    """p(x_{t-1} | x_t) = N(mean, variance), and the x_0 that it aims at; each (B, C, H, W)."""
+
+    mean: torch.Tensor
+    log_variance: torch.Tensor  # may be broadcastable to the mean's shape
+    pred_x0: torch.Tensor
+
+    @property
+    def variance(self) -> torch.Tensor:
+        return self.log_variance.exp()
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        return (0.5 * self.log_variance).exp()
+
+
+class GaussianDiffusion:
+    """The tables of a diffusion, and the distributions that they define.
+
+    Tables are computed in float64 and meet tensors in float32. Times t are an int, or a
+    LongTensor (B,) with a time for each image of the batch.
+    """
+
+    def __init__(self, betas: np.ndarray, device: torch.device | str = "cpu"):
+        """betas: (N,), in (0, 1]. Raises ValueError outside that range."""
+        betas = np.asarray(betas, dtype=np.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("betas must be a row of numbers in (0, 1]")
+        self.device = torch.device(device)
+        self.betas = betas
+        self.alphas_cumprod = np.cumprod(1 - betas)
+        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.betas)
+
+    # DDPM eq. 7: the posterior q(x_{t-1} | x_t, x_0) = N(c_0·x_0 + c_t·x_t, posterior_variance).
+    @property
+    def posterior_mean_coef_x0(self) -> np.ndarray:
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @property
+    def posterior_mean_coef_xt(self) -> np.ndarray:
+        alphas = 1 - self.betas
+        return (1 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1 - self.alphas_cumprod)
+
+    @property
+    def posterior_variance(self) -> np.ndarray:
+        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """Its logarithm; the first entry, log 0, is replaced by the second one."""
+        variance = self.posterior_variance
+        variance[0] = variance[1] if len(variance) > 1 else 1e-20
+        return np.log(variance)
+
+    @property
+    def fixed_log_variance(self) -> np.ndarray:
+        """log β_t, but for the first step: without learned variances ("fixed large", DDPM 3.2)."""
+        return np.append(self.posterior_log_variance_clipped[0], np.log(self.betas[1:]))
+
+    @cached_property
+    def _tables(self) -> dict[str, torch.Tensor]:
+        """Every factor that meets a tensor: float32, on the device, so that no step waits."""
+        abar = self.alphas_cumprod
+        tables = {
+            "betas": self.betas,
+            "log_betas": np.log(self.betas),
+            "alphas_cumprod": abar,
+            "sqrt_alphas_cumprod": np.sqrt(abar),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - abar),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1 / abar),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / abar - 1),
+            "posterior_mean_coef_x0": self.posterior_mean_coef_x0,
+            "posterior_mean_coef_xt": self.posterior_mean_coef_xt,
+            "posterior_log_variance_clipped": self.posterior_log_variance_clipped,
+            "fixed_log_variance": self.fixed_log_variance,
+        }
+        return {
+            name: torch.from_numpy(table.astype(np.float32)).to(self.device)
+            for name, table in tables.items()
+        }
+
+    def at(self, table: str, t: int | torch.Tensor) -> torch.Tensor:
+        """A table's float32 entry at time t, shaped to broadcast over (B, C, H, W)."""
+        return self._tables[table][t].view(-1, 1, 1, 1)
+
+    def q_sample(
+        self, x0: torch.Tensor, t: int | torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """x_t ~ q(x_t | x_0), for this standard normal noise (DDPM eq. 4)."""
+        return (
+            self.at("sqrt_alphas_cumprod", t) * x0
+            + self.at("sqrt_one_minus_alphas_cumprod", t) * noise
+        )
+
+    def predict_x0(
+        self, x_t: torch.Tensor, t: int | torch.Tensor, eps: torch.Tensor
+    ) -> torch.Tensor:
+        """The x_0 from which this noise eps leads to x_t."""
+        return (
+            self.at("sqrt_recip_alphas_cumprod", t) * x_t
+            - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
+        )
+
+    def posterior_mean(
+        self, x0: torch.Tensor, x_t: torch.Tensor, t: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        return (
+            self.at("posterior_mean_coef_x0", t) * x0 + self.at("posterior_mean_coef_xt", t) * x_t
+        )
+
+    def reverse_step(
+        self,
+        output: torch.Tensor,
+        x_t: torch.Tensor,
+        t: int | torch.Tensor,
+        *,
+        predict_xstart: bool = False,
+        clip_denoised: bool = True,
+    ) -> ReverseStep:
+        """p(x_{t-1} | x_t) from a network's output at x_t.
+
+        output: (B, C or 2·C, H, W): the predicted noise, or x_0 if predict_xstart; with 2·C
+        channels the second half v in [-1, 1] places the log variance between its bounds
+        (Improved DDPM eq. 15), without it the variance is fixed. clip_denoised clamps the
+        predicted x_0 to [-1, 1].
+        """
+        channels = x_t.shape[1]
+        prediction, v = output[:, :channels], output[:, channels:]
+        pred_x0 = prediction if predict_xstart else self.predict_x0(x_t, t, prediction)
+        if clip_denoised:
+            pred_x0 = pred_x0.clamp(-1, 1)
+        return ReverseStep(self.posterior_mean(pred_x0, x_t, t), self._log_variance(v, t), pred_x0)
+
+    def _log_variance(self, v: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+        """v: (B, C or 0, H, W): no channels, no learned variance."""
+        if v.shape[1] == 0:
+            return self.at("fixed_log_variance", t)
+        fraction = (v + 1) / 2
+        lower, upper = self.at("posterior_log_variance_clipped", t), self.at("log_betas", t)
+        return fraction * upper + (1 - fraction) * lower
