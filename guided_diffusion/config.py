@@ -1,0 +1,715 @@
+"""The YAML vocabulary: frozen dataclasses, one loader, every error a user can make.
+
+A field's name is its YAML key and its type says what the key accepts; the loader knows nothing
+else of the vocabulary. To it, a file is a flat table of dotted paths, such as
+`schedule_jump_params.t_T`, so that the files' nesting and old names end here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import yaml
+
+CHANNEL_MULT_BY_IMAGE_SIZE: dict[int, tuple[float, ...]] = {
+    512: (0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0),
+    256: (1.0, 1.0, 2.0, 2.0, 4.0, 4.0),
+    128: (1.0, 1.0, 2.0, 3.0, 4.0),
+    64: (1.0, 2.0, 3.0, 4.0),
+}
+
+
+class UserError(Exception):
+    """A mistake of the user; str(error) is the one line to print."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
+
+
+# ---- The vocabulary --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The denoiser (U-Net)."""
+
+    image_size: Count = 64  # side of the square that the network sees
+    num_channels: Count = 128  # base width; level i is channel_mult[i] times as wide
+    num_res_blocks: Count = 2  # per level
+    num_heads: Count = 4
+    num_heads_upsample: CountOrDefault = -1  # in the output half; -1 = num_heads
+    num_head_channels: CountOrDefault = -1  # if given, num_heads does not count
+    attention_resolutions: Sizes = (16, 8)  # image sides, not rates
+    channel_mult: Multiples = ()  # where a file has none, the loader takes it by image size
+    dropout: Share = 0.0
+    class_cond: Flag = False  # 1000 classes
+    use_checkpoint: Flag = False  # gradients take less memory and more time
+    use_scale_shift_norm: Flag = True
+    resblock_updown: Flag = False
+    use_fp16: Flag = False
+    use_new_attention_order: Flag = False
+    learn_sigma: Flag = False  # twice the output channels; the second half is v
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The diffusion process, and what the network predicts of it."""
+
+    diffusion_steps: Count = 1000
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    timestep_respacing: Respacing = ""  # left out beside a schedule, the loader takes its t_T
+    predict_xstart: Flag = False  # the network predicts x_0 instead of epsilon
+    rescale_timesteps: Flag = False  # the network sees t * 1000 / diffusion_steps
+    rescale_learned_sigmas: Flag = False  # training only
+    use_kl: Flag = False  # training only
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The classifier of noisy images that guides the sampling."""
+
+    scale: NotNegative = 0.0  # strength of the guidance; 0 = off
+    path: FilePath | None = None
+    use_fp16: Flag = False
+    width: Count = 128
+    depth: Count = 2  # res blocks per level
+    attention_resolutions: Sizes = (32, 16, 8)
+    use_scale_shift_norm: Flag = True
+    resblock_updown: Flag = True
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The times that the sampler visits: how far it jumps back, and how often."""
+
+    t_T: Count  # number of steps
+    n_sample: Count
+    jump_length: Count
+    jump_n_sample: Count
+    jump2_length: Count = 1
+    jump2_n_sample: Count = 1
+    jump3_length: Count = 1
+    jump3_n_sample: Count = 1
+    start_resampling: CountOrZero = 100_000_000  # no jumps to later times than this
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Where images and masks come from, and where results go."""
+
+    name: str  # what stands for the `*` in the file
+    gt_path: FilePath  # folder of images, or one image
+    mask_path: FilePath  # folder of masks, or one mask for all images
+    batch_size: Count = 1
+    offset: CountOrZero = 0  # drop the first pairs
+    max_len: Count | None = None  # keep at most so many pairs
+    deterministic: Flag = True  # false = work in shuffled order
+    random_flip: Flag = False  # image and mask together
+    drop_last: Flag = False  # leave out an incomplete last batch
+    inpainted_dir: FilePath
+    gt_masked_dir: FilePath
+    gt_dir: FilePath | None = None  # None = not written
+    keep_mask_dir: FilePath
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One inpainting run."""
+
+    source: str = field(compare=False)  # the YAML file
+    name: Text  # left out: the file's own
+    model_path: FilePath  # or URL: the state dict of the denoiser
+    network: NetworkConfig
+    diffusion: DiffusionConfig
+    clip_denoised: Flag = True  # clamp the predicted x_0 to [-1, 1]
+    schedule: ScheduleConfig | None  # None = plain ancestral sampling
+    inpa_inj_sched_prev: Flag = True  # merge the known region
+    inpa_inj_time_shift: Shift = 1  # going up from t takes beta[t + shift]
+    classifier: ClassifierConfig | None  # None = no guidance
+    cond_y: Label | None = None  # None = a random class per image
+    show_progress: Flag = True
+    device: Device | None = None  # None = cuda if there is one, else cpu
+    seed: Seed | None = None  # None = drawn afresh
+    paste_known: Flag = False  # write the known pixels exactly
+    dataset: DatasetConfig | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingParams:
+    """How a network is trained."""
+
+    data_dir: FilePath  # folder of images
+    log_dir: FilePath  # checkpoints and grids of samples
+    batch_size: Count
+    microbatch: CountOrDefault = -1  # images at a time; -1 = the whole batch
+    lr: Positive = 1e-4
+    weight_decay: NotNegative = 0.0
+    ema_rate: Rates = (0.9999,)
+    total_steps: Count
+    lr_anneal_steps: CountOrZero = 0  # 0 = constant; N = linearly to zero at step N
+    warmup_steps: CountOrZero = 0
+    grad_clip: Positive | None = None  # largest norm of the gradient
+    schedule_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+    random_flip: Flag = True
+    use_bf16: Flag = False  # autocast
+    save_interval: Count = 1000  # steps
+    sample_interval: CountOrZero = 1000  # steps; 0 = never
+    log_interval: Count = 10  # steps
+    sample_number: Count = 16  # pictures in a grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training run."""
+
+    source: str = field(compare=False)  # the YAML file
+    name: Text  # left out: the file's own
+    network: NetworkConfig
+    diffusion: DiffusionConfig
+    training: TrainingParams
+    show_progress: Flag = True
+    device: Device | None = None  # None = cuda if there is one, else cpu
+    seed: Seed = 0
+
+
+# ---- What the types of keys accept -----------------------------------------------------------
+
+
+_END = 2**63 - 1  # of the whole numbers that torch and numpy hold
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a key accepts: in words, and as a parser that raises ValueError for anything else."""
+
+    accepts: str
+    parse: Callable[[yaml.Node], Any]
+
+
+def _is_null(node: yaml.Node) -> bool:
+    plain = isinstance(node, yaml.ScalarNode) and not node.style
+    return plain and node.value in ("", "~", "null", "Null", "NULL")
+
+
+def _text(node: yaml.Node) -> str:
+    """The text as it was written: without quotes too, `250`, `007` and `1.10` mean themselves."""
+    if not isinstance(node, yaml.ScalarNode) or (_is_null(node) and node.value):
+        raise ValueError
+    return node.value
+
+
+def _unquoted(node: yaml.Node) -> str:
+    """The text of a number or a boolean, which quotes would turn into mere text."""
+    text = _text(node)
+    if node.style:
+        raise ValueError
+    return text
+
+
+def _flag(node: yaml.Node) -> bool:
+    word = _unquoted(node).lower()
+    if word not in ("true", "yes", "on", "false", "no", "off"):
+        raise ValueError
+    return word in ("true", "yes", "on")
+
+
+def _kind(accepts: str, read: Callable[[yaml.Node], Any], valid: Callable[[Any], Any]) -> _Kind:
+    def parse(node: yaml.Node) -> Any:
+        value = read(node)
+        if not valid(value):
+            raise ValueError
+        return value
+
+    return _Kind(accepts, parse)
+
+
+def _number(cast: type, accepts: str, valid: Callable[[Any], bool]) -> _Kind:
+    return _kind(accepts, lambda node: cast(_unquoted(node)), valid)
+
+
+def _whole(low: int, high: int = _END) -> _Kind:
+    bounds = f">= {low}" if high == _END else f"from {low} to {high}"
+    return _number(int, f"a whole number {bounds}", lambda n: low <= n <= high)
+
+
+def _numbers(cast: type, accepts: str, valid: Callable[[Any], bool]) -> _Kind:
+    def read(node: yaml.Node) -> tuple:
+        return tuple(cast(number) for number in _text(node).split(","))
+
+    return _kind(accepts, read, lambda numbers: all(map(valid, numbers)))
+
+
+def _matching(pattern: str, accepts: str) -> _Kind:
+    return _kind(accepts, _text, re.compile(pattern, re.DOTALL).fullmatch)
+
+
+def _null_or(kind: _Kind) -> _Kind:
+    def parse(node: yaml.Node) -> Any:
+        return None if _is_null(node) else kind.parse(node)
+
+    return _Kind(f"null or {kind.accepts}", parse)
+
+
+def _empty_or(kind: _Kind) -> _Kind:
+    return _Kind(f"'' or {kind.accepts}", lambda node: kind.parse(node) if _text(node) else ())
+
+
+def _only_false(why: str) -> _Kind:
+    return _kind(f"only false, because {why}; remove the key", _flag, lambda value: not value)
+
+
+_ANYTHING = _Kind("anything", lambda node: None)
+Flag = Annotated[bool, _Kind("true or false", _flag)]
+Text = Annotated[str, _matching(r"[^\0\ud800-\udfff]+", "text")]
+FilePath = Annotated[str, _matching(r"[^\0\ud800-\udfff]+", "a path")]
+Count = Annotated[int, _whole(1)]
+CountOrZero = Annotated[int, _whole(0)]
+CountOrDefault = Annotated[
+    int, _number(int, "-1 or a whole number >= 1", lambda n: n == -1 or 1 <= n <= _END)
+]
+Share = Annotated[float, _number(float, "a number >= 0 and < 1", lambda x: 0 <= x < 1)]
+Positive = Annotated[float, _number(float, "a number > 0", lambda x: 0 < x < math.inf)]
+NotNegative = Annotated[float, _number(float, "a number >= 0", lambda x: 0 <= x < math.inf)]
+Label = Annotated[int, _whole(0, 999)]
+Shift = Annotated[int, _whole(-(10**6), 10**6)]
+# Streams take seed + image + sample * 2**32, which has to stay below the end.
+Seed = Annotated[int, _number(int, "a whole number >= 0 and < 2**62", lambda n: 0 <= n < 2**62)]
+Sizes = Annotated[
+    tuple[int, ...],
+    _numbers(int, "whole numbers >= 1 with commas, such as '32,16,8'", lambda n: n >= 1),
+]
+Multiples = Annotated[
+    tuple[float, ...],
+    _empty_or(_numbers(float, "numbers > 0, such as '1,2,2,4'", lambda x: 0 < x < 1000)),
+]
+Rates = Annotated[
+    tuple[float, ...],
+    _numbers(float, "numbers >= 0 and < 1, such as '0.99,0.9999'", lambda x: 0 <= x < 1),
+]
+Respacing = Annotated[
+    str,
+    _matching(
+        r"|(ddim)?[0-9]{1,9}|[0-9]{1,9}( *, *[0-9]{1,9})+",
+        "'' (all steps), 'N', 'N1,N2,...' or 'ddimN', such as '250'",
+    ),
+]
+Device = Annotated[str, _matching(r"cpu|mps|cuda(:[0-9]{1,3})?", "cpu, cuda, cuda:N or mps")]
+
+
+# Where keys are in a file: prefixes (`*` stands for the dataset's name), and four older names.
+_PREFIXES = {
+    ClassifierConfig: "classifier_",
+    ScheduleConfig: "schedule_jump_params.",
+    DatasetConfig: "data.eval.*.",
+}
+_YAML_NAMES = {
+    "inpainted_dir": "paths.srs",
+    "gt_masked_dir": "paths.lrs",
+    "gt_dir": "paths.gts",
+    "keep_mask_dir": "paths.gt_keep_masks",
+}
+
+# Found in users' files, of no effect.
+_NO_EFFECT = {
+    **dict.fromkeys(("latex_name", "method_name", "n_jobs", "num_samples"), _ANYTHING),
+    **dict.fromkeys(("lr_kernel_n_std", "print_estimated_vars"), _ANYTHING),
+    "inpa_inj_sched_prev_cumnoise": _only_false("cumulative noise is not supported"),
+    "use_ddim": _only_false("DDIM sampling is not supported"),
+    "respace_interpolate": _only_false("interpolated respacing is not supported"),
+}
+_NO_EFFECT_IN_DATASET = {
+    "data.eval.*.ds_conf": _ANYTHING,
+    "data.eval.*.mask_loader": _ANYTHING,
+    "data.eval.*.return_dict": _ANYTHING,
+    "data.eval.*.return_dataloader": _ANYTHING,
+    "data.eval.*.image_size": _whole(1),  # repeats the one at the top
+    "data.eval.*.random_crop": _only_false("random crops are not supported"),
+    "data.eval.*.class_cond": _only_false("classes come from cond_y at the top"),
+}
+
+
+def _kind_of(hint: Any) -> _Kind | None:
+    """What a field's type accepts; None for a field that no key sets."""
+    options = get_args(hint)
+    if type(None) in options:
+        kind = _kind_of(options[0])
+        return kind and _null_or(kind)
+    if get_origin(hint) is Literal:
+        return _matching("|".join(options), " or ".join(options))
+    return next((option for option in options if isinstance(option, _Kind)), None)
+
+
+@cache
+def _kinds(cls: type) -> dict[str, _Kind]:
+    """Field -> what its key accepts, for the fields that keys set."""
+    kinds = {
+        name: _kind_of(hint) for name, hint in get_type_hints(cls, include_extras=True).items()
+    }
+    return {name: kind for name, kind in kinds.items() if kind}
+
+
+def _key(cls: type, name: str) -> str:
+    """The dotted path in YAML of a dataclass's field."""
+    return _PREFIXES.get(cls, "") + _YAML_NAMES.get(name, name)
+
+
+def _vocabulary(*classes: type) -> dict[str, _Kind]:
+    return {_key(cls, name): kind for cls in classes for name, kind in _kinds(cls).items()}
+
+
+_DENOISER = _vocabulary(NetworkConfig, DiffusionConfig) | _NO_EFFECT
+_TRAINING = _vocabulary(TrainingConfig, TrainingParams) | _DENOISER
+_SAMPLING = (
+    _vocabulary(Config, ClassifierConfig, ScheduleConfig, DatasetConfig)
+    | _DENOISER
+    | _NO_EFFECT_IN_DATASET
+)
+
+
+# ---- The loader ------------------------------------------------------------------------------
+
+
+def load_config(path: str, overrides: Sequence[str] = (), require_data: bool = True) -> Config:
+    """Read the YAML file of an inpainting run.
+
+    path: a local file.
+    overrides: KEY=VALUE each, with a dotted path and a YAML value; they win over the file.
+    require_data: False allows a file without a dataset (`Config.dataset` is None then).
+
+    Raises UserError, one line, for everything that can be wrong with it.
+    """
+    file = _File(path, overrides, known=_SAMPLING, others=_TRAINING)
+    schedule = file.make(ScheduleConfig) if file.has("schedule_jump_params.") else None
+    if schedule:
+        file.values.setdefault("timestep_respacing", str(schedule.t_T))
+    if require_data and not file.dataset_name:
+        file.refuse("data.eval", "exactly one dataset, as data.eval.NAME")
+    classifier = file.make(ClassifierConfig)
+    config = file.make(
+        Config,
+        source=path,
+        network=file.make_network(),
+        diffusion=file.make(DiffusionConfig),
+        schedule=schedule,
+        classifier=classifier if classifier.scale and classifier.path else None,
+        dataset=file.make(DatasetConfig, name=file.dataset_name) if file.dataset_name else None,
+    )
+    file.refuse_first(
+        _network_problems(config.network),
+        _diffusion_problems(config.diffusion, schedule),
+        _classifier_problems(config.classifier, config.network.image_size),
+        _dataset_problems(file.values, config.network.image_size),
+    )
+    return config
+
+
+def load_training_config(path: str, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """Read the YAML file of a training run; arguments and errors as in `load_config`."""
+    file = _File(path, overrides, known=_TRAINING, others=_SAMPLING)
+    config = file.make(
+        TrainingConfig,
+        source=path,
+        network=file.make_network(),
+        diffusion=file.make(DiffusionConfig),
+        training=file.make(TrainingParams),
+    )
+    file.refuse_first(
+        _network_problems(config.network),
+        _diffusion_problems(config.diffusion, None),
+        _folder_problems(file.values, outputs=["log_dir"], inputs=["data_dir"]),
+    )
+    return config
+
+
+def to_yaml_dict(config: Config | TrainingConfig) -> dict[str, Any]:
+    """The effective config as YAML files write it; written out and loaded, it is equal again."""
+    tree: dict[str, Any] = {}
+    for part in (config, *filter(is_dataclass, vars(config).values())):
+        for name in _kinds(type(part)):
+            *sections, last = _key(type(part), name).split(".")
+            node = tree
+            for section in sections:
+                node = node.setdefault(part.name if section == "*" else section, {})
+            node[last] = _as_yaml(getattr(part, name))
+    return tree
+
+
+def _as_yaml(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return ",".join(str(number).removesuffix(".0") for number in value)
+    return value
+
+
+_Part = TypeVar("_Part")
+_Path = tuple[str, ...]  # a dotted path in its parts
+_Problems = Iterator[tuple[str, str]]  # a key of the vocabulary, and what it accepts
+
+
+class _File:
+    """A YAML file and its overrides as a flat table: key of the vocabulary -> parsed value."""
+
+    def __init__(self, source: str, overrides: Sequence[str], known: Mapping, others: Mapping):
+        self.source = source
+        self.known = known
+        self.others = others  # keys of the other script, for a better message
+        self.nodes: dict[_Path, yaml.Node] = {}
+        self.origins: dict[_Path, str] = {}  # for messages: a line of the file, or an override
+        self.record(_read(source), (), source)
+        for override in overrides:
+            self.record_override(override)
+        self.dataset_name = self.find_dataset()
+        self.values = {"name": Path(source).stem} | dict(self.parse())
+
+    def has(self, prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in self.values)
+
+    def make(self, cls: type[_Part], **parts: Any) -> _Part:
+        """`cls` from the values of its keys; `parts` are the fields that no key sets."""
+        given = {}
+        for name, kind in _kinds(cls).items():
+            key = _key(cls, name)
+            if key in self.values:
+                given[name] = self.values[key]
+            elif not hasattr(cls, name):  # no default
+                self.refuse(key, kind.accepts)
+        return cls(**given, **parts)
+
+    def make_network(self) -> NetworkConfig:
+        """The network, with `channel_mult` by image size where the file leaves it open."""
+        network = self.make(NetworkConfig)
+        if network.channel_mult:
+            return network
+        if network.image_size not in CHANNEL_MULT_BY_IMAGE_SIZE:
+            self.refuse(
+                "image_size", "64, 128, 256, 512, or any if channel_mult is set, as in '1,2,2,4'"
+            )
+        return replace(network, channel_mult=CHANNEL_MULT_BY_IMAGE_SIZE[network.image_size])
+
+    def refuse_first(self, *problems: _Problems) -> None:
+        for key, accepted in chain(*problems):
+            self.refuse(key, accepted)
+
+    def refuse(self, key: str, accepted: str) -> NoReturn:
+        """Raise the one-line error about a key, or a section, of the vocabulary."""
+        name = self.dataset_name or "NAME"
+        path = tuple(name if part == "*" else part for part in key.split("."))
+        found = f"found {_shown(self.nodes[path])}" if path in self.nodes else "missing"
+        self.refuse_path(path, f"{found}; accepted: {accepted}")
+
+    def refuse_path(self, path: _Path, problem: str) -> NoReturn:
+        where = ": ".join(filter(None, [self.origins.get(path, self.source), ".".join(path)]))
+        raise UserError(f"{where}: {problem}")
+
+    def record(self, node: yaml.Node, path: _Path, origin: str, override: str = "") -> None:
+        """Note the key at `path` and, if it is a section, the keys below it."""
+        first = self.origins.get(path)
+        self.nodes[path], self.origins[path] = node, origin
+        if first:
+            self.refuse_path(path, f"the same key as in {first}; accepted: each key once")
+        if not _is_section(path, self.known) or (path and _is_null(node)):
+            return
+        if not isinstance(node, yaml.MappingNode):
+            self.refuse_path(path, f"found {_shown(node)}; accepted: a map of keys")
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else _shown(key)
+            line = f"{self.source}, line {key.start_mark.line + 1}"
+            self.record(value, (*path, name), override or line, override)
+
+    def record_override(self, override: str) -> None:
+        key, equals, text = override.partition("=")
+        if not (key and equals):
+            raise UserError(f"--set {override}: accepted: KEY=VALUE, such as --set seed=5")
+        path = tuple(key.split("."))
+        for old in [old for old in self.nodes if old[: len(path)] == path]:
+            del self.nodes[old], self.origins[old]
+        origin = f"{self.source} with --set {override}"
+        self.record(_compose(text, origin), path, origin, override=origin)
+
+    def find_dataset(self) -> str:
+        """The dataset's name; '' if there is none."""
+        names = list(dict.fromkeys(p[2] for p in self.nodes if p[:2] == _DATASETS and p[2:]))
+        if len(names) > 1:
+            found = f"found {len(names)} datasets ({', '.join(names)})"
+            self.refuse_path(_DATASETS, f"{found}; accepted: exactly one; make a file for each")
+        return names[0] if names else ""
+
+    def parse(self) -> Iterator[tuple[str, Any]]:
+        """Key and value of every setting. Raises UserError for an unknown key or a wrong value."""
+        for path, node in self.nodes.items():
+            key = _pattern(path)
+            if key in self.known:
+                try:
+                    yield key, self.known[key].parse(node)
+                except ValueError:
+                    self.refuse(key, self.known[key].accepts)
+            elif not _is_section(path, self.known):
+                self.refuse_path(path, _unknown_problem(path, self.known, self.others))
+
+
+_DATASETS = ("data", "eval")
+
+
+def _pattern(path: _Path) -> str:
+    """A found path as the vocabulary writes it: `*` is the dataset's name."""
+    parts = [part.replace(".", r"\.") for part in path]  # a dot in a name opens no section
+    if path[:2] == _DATASETS and path[2:]:
+        parts[2] = "*"
+    return ".".join(parts)
+
+
+def _is_section(path: _Path, known: Mapping) -> bool:
+    return not path or any(key.startswith(_pattern(path) + ".") for key in known)
+
+
+def _unknown_problem(path: _Path, known: Mapping, others: Mapping) -> str:
+    if _pattern(path) in others or _is_section(path, others):
+        script = "train.py" if others is _TRAINING else "test.py"
+        return f"a key for {script} alone; remove it here"
+
+    def likeness(key: str) -> tuple[float, float]:
+        # The last word counts first, so that a misplaced key is shown its place.
+        pairs = (path[-1], key.rpartition(".")[2]), (".".join(path), key)
+        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return last, whole
+
+    dataset = path[2] if path[:2] == _DATASETS else "NAME"
+    keys = [key.replace("*", dataset) for key, kind in known.items() if kind is not _ANYTHING]
+    sections = {key[: dot.start()] for key in keys for dot in re.finditer(r"\.", key)}
+    return f"unknown key; the nearest known key is {max(keys + sorted(sections), key=likeness)}"
+
+
+def _read(source: str) -> yaml.Node:
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{source}: not a text file in UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{source}: cannot read this config file: {reason}") from None
+    node = _compose(text, source)
+    if _is_null(node):
+        raise UserError(f"{source}: the file is empty; copy one from confs/ and edit it")
+    return node
+
+
+def _compose(text: str, origin: str) -> yaml.Node:
+    """The YAML node of `text`, its scalars as they are written; a null where there is nothing."""
+    try:
+        return yaml.compose(text, Loader=yaml.BaseLoader) or yaml.ScalarNode("", "")
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UserError(f"{origin}{place}: not valid YAML: {problem}") from None
+
+
+def _shown(node: yaml.Node) -> str:
+    """A found value for a message."""
+    if not isinstance(node, yaml.ScalarNode):
+        return "a map" if isinstance(node, yaml.MappingNode) else "a list"
+    text = node.value if len(node.value) <= 80 else f"{node.value[:80]}..."
+    return repr(text) if node.style else text or "nothing"
+
+
+# ---- Combinations that cannot work -----------------------------------------------------------
+
+
+def _network_problems(network: NetworkConfig) -> _Problems:
+    halvings = len(network.channel_mult) - 1
+    if network.image_size % 2**halvings:
+        yield "image_size", f"multiples of 2**{halvings}, for {halvings + 1} levels of channel_mult"
+    widths = [int(mult * network.num_channels) for mult in network.channel_mult]
+    yield from _multiple_problems("num_channels", 32, "the widths of the levels", widths)
+    attended = _attended(network.image_size, widths, network.attention_resolutions)
+    if network.num_head_channels != -1:
+        heads = {"num_head_channels": [*attended, widths[-1]]}
+    else:
+        heads = {"num_heads": [*attended, widths[-1]], "num_heads_upsample": attended}
+    for key, divided in heads.items():
+        divisor = getattr(network, key)
+        if divisor != -1 and any(width % divisor for width in divided):
+            yield key, f"divisors of {divided}, the widths of the levels with attention"
+
+
+def _classifier_problems(classifier: ClassifierConfig | None, image_size: int) -> _Problems:
+    if not classifier:
+        return
+    if image_size not in CHANNEL_MULT_BY_IMAGE_SIZE:
+        yield "image_size", "64, 128, 256 or 512, which the classifier can see"
+        return
+    widths = [int(mult * classifier.width) for mult in CHANNEL_MULT_BY_IMAGE_SIZE[image_size]]
+    yield from _multiple_problems("classifier_width", 32, "the widths of the levels", widths)
+    attended = _attended(image_size, widths, classifier.attention_resolutions)
+    what = "the widths of the levels with attention"
+    yield from _multiple_problems("classifier_width", 64, what, [*attended, widths[-1]])
+
+
+def _multiple_problems(key: str, divisor: int, what: str, widths: list[int]) -> _Problems:
+    if any(width == 0 or width % divisor for width in widths):
+        yield key, f"what makes {widths}, {what}, multiples of {divisor}"
+
+
+def _attended(image_size: int, widths: list[int], sides: tuple[int, ...]) -> list[int]:
+    """The widths of the levels with attention; level i works at 1 / 2**i of the image's side."""
+    rates = {image_size // side for side in sides}
+    return [width for level, width in enumerate(widths) if 2**level in rates]
+
+
+def _diffusion_problems(diffusion: DiffusionConfig, schedule: ScheduleConfig | None) -> _Problems:
+    steps = diffusion.diffusion_steps
+    if diffusion.noise_schedule == "linear" and steps <= 20:
+        yield "diffusion_steps", "numbers > 20 (linear betas reach 1 at 20), or a cosine schedule"
+    counts = [int(count) for count in re.findall("[0-9]+", diffusion.timestep_respacing)]
+    kept = sum(counts) if counts else steps
+    if schedule and schedule.t_T > min(kept, steps):
+        limit = "the steps that diffusion_steps and timestep_respacing leave"
+        yield "schedule_jump_params.t_T", f"at most {min(kept, steps)}, {limit}"
+    if not 1 <= kept <= steps:
+        yield "timestep_respacing", f"from 1 to {steps} steps in all, the diffusion_steps"
+
+
+def _dataset_problems(values: Mapping[str, Any], image_size: int) -> _Problems:
+    if values.get("data.eval.*.image_size", image_size) != image_size:
+        yield "data.eval.*.image_size", f"{image_size}, as image_size at the top, or no such key"
+    outputs = [key for key in values if ".paths." in key]
+    yield from _folder_problems(values, outputs, ["data.eval.*.gt_path", "data.eval.*.mask_path"])
+
+
+def _folder_problems(
+    values: Mapping[str, Any], outputs: Sequence[str], inputs: Sequence[str]
+) -> _Problems:
+    """Outputs that would overwrite inputs or one another, or be found among the inputs later."""
+    owners: dict[str, str] = {}
+    for key in filter(values.get, outputs):
+        folder = os.path.realpath(values[key])
+        if folder in owners:
+            yield key, f"a folder of its own; this is that of {owners[folder]}"
+        owners[folder] = key.rpartition(".")[2]
+        for source in filter(values.get, inputs):
+            if _is_among(folder, os.path.realpath(values[source])):
+                yield key, f"a folder apart from {source.rpartition('.')[2]}, which is input"
+
+
+def _is_among(folder: str, source: str) -> bool:
+    if os.path.isfile(source):
+        return folder == os.path.dirname(source)
+    return os.path.commonpath([folder, source]) == source
