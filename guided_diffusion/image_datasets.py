@@ -1,0 +1,356 @@
+"""Images and masks: found in folders, paired, prepared as the network sees them, and back to PNG.
+
+An image's tensor is in [-1, 1], a keep mask's in [0, 1] (1 = keep, 0 = fill in); both have three
+channels. "Prepared" means uint8 RGB, (S, S, 3), S = image_size.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from guided_diffusion import storage
+from guided_diffusion.config import UserError
+
+IMAGE_TYPES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image to inpaint and the mask that goes with it."""
+
+    index: int  # position in the sorted list after `offset`; decides the random stream
+    image_path: str
+    mask_path: str
+    name: str  # of the results, relative to each output folder, with "/": "sub/x.png"
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A pair as the sampler takes it."""
+
+    image: torch.Tensor  # (3, S, S) float32 in [-1, 1]
+    keep_mask: torch.Tensor  # (3, S, S) float32 in [0, 1]; 1 = keep, 0 = fill in
+    image_bytes: np.ndarray  # (S, S, 3) uint8: what `image` was made of
+
+
+# ---- Which image goes with which mask ----
+
+
+def find_pairs(
+    gt_path: str, mask_path: str, offset: int = 0, max_len: int | None = None
+) -> list[Pair]:
+    """Pair images with masks by sorted order, the first `offset` left out, at most `max_len`.
+
+    Each path is a folder, searched recursively, or a single file; a single mask file serves all
+    images. Warns, once, if an image and its mask have different names. Raises UserError if there
+    is nothing to pair, if the counts differ, or if two images would write the same result.
+    """
+    images = list_images("gt_path", gt_path)
+    masks = list_images("mask_path", mask_path)
+    names = _result_names(gt_path, images)
+    if not storage.is_dir(mask_path):
+        masks = masks * len(images)
+    if len(images) != len(masks):
+        raise UserError(
+            f"gt_path {gt_path} has {len(images)} image(s), but mask_path {mask_path} has "
+            f"{len(masks)} (subfolders included): give each image one mask, or, to use one mask "
+            f"for all images, give the mask file itself as mask_path, e.g. {masks[0]}"
+        )
+    if offset >= len(images):
+        raise UserError(
+            f"offset {offset} leaves no image: gt_path {gt_path} has {len(images)}; "
+            f"use an offset of at most {len(images) - 1}"
+        )
+    chosen = list(zip(images, masks, names, strict=True))[offset:][:max_len]
+    pairs = [Pair(index, *paths_and_name) for index, paths_and_name in enumerate(chosen)]
+    if storage.is_dir(mask_path):
+        _warn_of_different_names(pairs)
+    return pairs
+
+
+def _warn_of_different_names(pairs: list[Pair]) -> None:
+    for pair in pairs:
+        if PurePath(pair.image_path).stem != PurePath(pair.mask_path).stem:
+            warnings.warn(
+                "images and masks are paired in sorted order, and some names differ; first such "
+                f"pair: image {pair.image_path}, mask {pair.mask_path}",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+
+
+def list_images(key: str, path: str) -> list[str]:
+    """The images that a path stands for; `key` is the config key that the path came from."""
+    try:
+        if not storage.exists(path):
+            raise UserError(
+                f"{key}: no such file or folder: {path} "
+                f"(relative paths start at the current directory, {os.getcwd()})"
+            )
+        if not storage.is_dir(path):
+            return [path]
+        files = storage.list_files(path)
+    except OSError as error:
+        raise UserError(f"{key}: cannot read {path}: {_reason(error)}") from error
+    images = [file for file in files if _is_image_name(file)]
+    if not images:
+        raise UserError(
+            f"{key}: no images in folder {path} or its subfolders; "
+            f"accepted types: {', '.join(IMAGE_TYPES)}"
+        )
+    return images
+
+
+def _is_image_name(path: str) -> bool:
+    return PurePath(path).suffix.lower().removeprefix(".") in IMAGE_TYPES
+
+
+def _result_names(gt_path: str, images: list[str]) -> list[str]:
+    """Where each image's result goes, relative to the output folders. Raises UserError."""
+    root = gt_path if storage.is_dir(gt_path) else PurePath(gt_path).parent
+    image_of: dict[str, str] = {}
+    for image in images:
+        name = PurePath(image).relative_to(root).with_suffix(".png").as_posix()
+        if name in image_of:
+            raise UserError(
+                f"{image_of[name]} and {image} would both write the result {name}: "
+                "rename one of them"
+            )
+        image_of[name] = image
+    return list(image_of)
+
+
+# ---- From a file to a tensor ----
+
+
+def prepare(image: Image.Image, image_size: int) -> np.ndarray:
+    """Turn any picture into the square that the network sees.
+
+    Turned upright as its EXIF data say, 16 bits scaled to 8 (value / 257, rounded; colour pictures
+    of 16 bits are already reduced by Pillow, which keeps the high byte: at most one level less),
+    first frame, RGB without alpha; then reduced or enlarged until the shorter side is `image_size`,
+    and the centre cropped.
+
+    Returns uint8 (image_size, image_size, 3). Raises ValueError for pixels without a known range.
+    """
+    return _resize_and_crop(_upright_rgb(image), image_size)
+
+
+def load_prepared(path: str, image_size: int) -> np.ndarray:
+    """Read and prepare a picture: uint8 (S, S, 3). Raises UserError that names a bad file."""
+    return _resize_and_crop(_read(path), image_size)
+
+
+def image_to_tensor(prepared: np.ndarray) -> torch.Tensor:
+    """uint8 (S, S, 3) -> float32 (3, S, S) in [-1, 1]."""
+    return _channels_first(prepared.astype(np.float32) / 127.5 - 1)
+
+
+def mask_to_tensor(prepared: np.ndarray) -> torch.Tensor:
+    """uint8 (S, S, 3) -> float32 (3, S, S) in [0, 1], not thresholded."""
+    return _channels_first(prepared.astype(np.float32) / 255)
+
+
+def load_pair(pair: Pair, image_size: int, flip: bool = False) -> Example:
+    """Read a pair, mirrored left to right if `flip`. Raises UserError that names a bad file."""
+    image = load_prepared(pair.image_path, image_size)
+    mask = load_prepared(pair.mask_path, image_size)
+    if flip:
+        image, mask = np.fliplr(image), np.fliplr(mask)
+    return Example(image_to_tensor(image), mask_to_tensor(mask), np.ascontiguousarray(image))
+
+
+def flip_decision(seed: int, index: int) -> bool:
+    """Whether `random_flip` mirrors image `index`: true for half of all (seed, index).
+
+    The decision has a generator of its own, so that the image's sampling noise stays the same.
+    """
+    return random.Random(f"flip {seed} {index}").random() < 0.5
+
+
+def _channels_first(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))  # (3, S, S)
+
+
+def _read(path: str) -> Image.Image:
+    """A picture, decoded to its last pixel, upright, RGB. Raises UserError."""
+    try:
+        with storage.open_binary(path) as file:
+            return _upright_rgb(Image.open(file))
+    except Exception as error:  # Pillow reports damaged files by many unrelated types
+        raise UserError(
+            f"cannot read image {path}: {_reason(error)}; replace or remove the file"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "empty, damaged, or not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large, at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels are accepted"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)  # always a copy
+    # The alpha of a palette is dropped like any other; Pillow would recommend RGBA in a warning.
+    image.info.pop("transparency", None)
+    return _to_8_bits(image).convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey, where Pillow's `convert` would clip it. Raises ValueError."""
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)  # mode I is 32 bits wide, but used for 16-bit pictures too
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixels have more than 16 bits; save it with 8 or 16 bits")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+
+
+def _resize_and_crop(image: Image.Image, image_size: int) -> np.ndarray:
+    while min(image.size) >= 2 * image_size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = image_size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - image_size) // 2, (height - image_size) // 2
+    return np.array(image.crop((left, top, left + image_size, top + image_size)))
+
+
+# ---- From a tensor to a file ----
+
+
+def to_bytes(x: torch.Tensor) -> np.ndarray:
+    """Float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), values outside clamped.
+
+    Truncated, not rounded, as the original does: 63 of the 256 levels that `image_to_tensor` maps
+    come back one lower.
+    """
+    levels = ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def paste_known(results: np.ndarray, originals: np.ndarray, keep_masks: torch.Tensor) -> np.ndarray:
+    """The results with the original bytes wherever the mask is exactly 1.
+
+    results, originals: uint8 (B, S, S, 3). keep_masks: (B, 1 or 3, S, S).
+    """
+    keep = keep_masks.cpu().permute(0, 2, 3, 1).numpy() == 1
+    return np.where(keep, originals, results)
+
+
+def picture_grid(pictures: np.ndarray) -> np.ndarray:
+    """uint8 (N, S, S, 3) -> one picture, row by row, about as wide as high; the rest is black."""
+    number, size = pictures.shape[:2]
+    columns = math.ceil(math.sqrt(number))
+    rows = math.ceil(number / columns)
+    cells = np.zeros((rows * columns, size, size, 3), np.uint8)
+    cells[:number] = pictures
+    cells = cells.reshape(rows, columns, size, size, 3).swapaxes(1, 2)
+    return cells.reshape(rows * size, columns * size, 3)
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) -> the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+# ---- Checks before hours of sampling ----
+
+
+@dataclass(frozen=True)
+class _Finding:
+    size: tuple[int, int]  # width, height before resizing
+    kind: str  # what the picture would be as a mask: "binary" or a key of _MASK_WARNINGS
+
+
+_MASK_WARNINGS = {
+    "fractional": (
+        "have values between 0 (fill in) and 255 (keep) at {S}x{S} and are used as they are; "
+        "to avoid it, save masks as black-and-white PNG of {S}x{S}"
+    ),
+    "white": "keep everything (white all over): nothing is filled in",
+    "black": "keep nothing (black all over): the whole picture is filled in",
+}
+
+
+def check_pairs(pairs: Sequence[Pair], image_size: int) -> None:
+    """Read and prepare every image and mask once.
+
+    Warns, one line a kind, of masks with grey values, of masks that keep everything or nothing,
+    and of masks that are not as large as their image. Raises UserError that names the first file
+    that cannot be read.
+    """
+    findings = _inspect_all(pairs, image_size)
+    messages = _mask_warnings(pairs, findings, image_size) + _size_warnings(pairs, findings)
+    for message in messages:
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _inspect_all(pairs: Sequence[Pair], image_size: int) -> dict[str, _Finding]:
+    paths = [path for pair in pairs for path in (pair.image_path, pair.mask_path)]
+    findings, errors = {}, []
+    for path in dict.fromkeys(paths):  # a mask that serves all images is read once
+        try:
+            image = _read(path)
+        except UserError as error:
+            errors.append(error)
+        else:
+            findings[path] = _Finding(image.size, _kind(_resize_and_crop(image, image_size)))
+    if errors:
+        others = f" ({len(errors) - 1} more cannot be read either)" if errors[1:] else ""
+        raise UserError(f"{errors[0]}{others}")
+    return findings
+
+
+def _kind(prepared: np.ndarray) -> str:
+    if ((prepared > 0) & (prepared < 255)).any():
+        return "fractional"
+    if prepared.min() == prepared.max():
+        return "white" if prepared.max() else "black"
+    return "binary"
+
+
+def _mask_warnings(
+    pairs: Sequence[Pair], findings: dict[str, _Finding], image_size: int
+) -> list[str]:
+    masks = dict.fromkeys(pair.mask_path for pair in pairs)
+    messages = []
+    for kind, text in _MASK_WARNINGS.items():
+        found = [mask for mask in masks if findings[mask].kind == kind]
+        if found:
+            count = f"{len(found)} of {len(masks)} masks, first {found[0]},"
+            messages.append(f"{count} {text.format(S=image_size)}")
+    return messages
+
+
+def _size_warnings(pairs: Sequence[Pair], findings: dict[str, _Finding]) -> list[str]:
+    def size(path: str) -> str:
+        return "{}x{}".format(*findings[path].size)
+
+    unequal = [pair for pair in pairs if size(pair.image_path) != size(pair.mask_path)]
+    if not unequal:
+        return []
+    image, mask = unequal[0].image_path, unequal[0].mask_path
+    return [
+        f"{len(unequal)} of {len(pairs)} images differ in size from their mask, first "
+        f"{image} ({size(image)}) and {mask} ({size(mask)}): each is resized and its centre "
+        "cropped separately; check that they still fit together"
+    ]
