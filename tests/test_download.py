@@ -1,0 +1,575 @@
+"""download.sh against downloaders that fail in every way that real ones do.
+
+The script runs in a folder of its own, on a PATH that holds only the tools that a test gives
+it; large files are sparse, so they cost nothing.
+"""
+
+import http.server
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "download.sh"
+BASH = shutil.which("bash")
+pytestmark = pytest.mark.skipif(BASH is None, reason="download.sh needs bash")
+
+NEEDED_COMMANDS = [
+    "cat",
+    "dirname",
+    "find",
+    "grep",
+    "head",
+    "mkdir",
+    "mktemp",
+    "mv",
+    "od",
+    "rm",
+    "tail",
+    "tee",
+    "tr",
+    "wc",
+]
+DRIVE_WEIGHTS = 552_814_086 * 4  # bytes of the unconditional network's weights, in fp32
+NAMES = {
+    "celeba": "celeba256_250000.pt",
+    "places": "places256_300000.pt",
+    "imagenet": "256x256_diffusion.pt",
+    "classifier": "256x256_classifier.pt",
+}
+SIZES = {
+    "celeba": DRIVE_WEIGHTS + 150_000,
+    "places": DRIVE_WEIGHTS + 90_000,
+    "imagenet": 2_215_479_544,
+    "classifier": 216_496_432,
+}
+DRIVE_IDS = {
+    "celeba": "1norNWWGYP3EZ_o05DmoW1ryKuKMmhlCX",
+    "places": "1QEl-btGbzQz6IwkXiFGd49uQNTUTtHsk",
+    "data": "1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv",
+}
+BLOB_STORE = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
+QUOTA_PAGE = "<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
+FACE = b"a picture of a face"
+MASK = b"a mask"
+
+# A stand-in for curl, wget and gdown: notes its arguments and what is there to resume, then
+# does what the test says with the output file.
+FAKE_DOWNLOADER = """#!{python}
+import os, signal, sys
+args = sys.argv[1:]
+out = [a.split("=")[-1] for a, before in zip(args, [""] + args)
+       if before in ("-O", "--output") or a.startswith("--output-document=")][0]
+there = os.path.getsize(out) if os.path.exists(out) else 0
+with open({calls!r}, "a") as calls:
+    print("{name}", *args, "| there:", there, file=calls)
+def write(size, start=b"PK"):
+    with open(out, "r+b" if there else "wb") as file:
+        file.write(start)
+        file.truncate(size)
+{behaviour}
+"""
+
+FAKE_UNZIP = """#!{python}
+import sys, zipfile
+try:
+    archive = zipfile.ZipFile([a for a in sys.argv[1:] if a.endswith((".zip", ".part"))][0])
+    if "-t" in sys.argv:
+        sys.exit(2 if archive.testzip() else 0)
+    archive.extractall(sys.argv[sys.argv.index("-d") + 1])
+except zipfile.BadZipFile:
+    sys.exit(9)
+"""
+
+
+class Checkout:
+    """A folder with the script in it, and the commands that it can see."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "repo"
+        self.pretrained = self.root / "data" / "pretrained"
+        self.datasets = self.root / "data" / "datasets"
+        self.zip = self.root / "data" / "datasets.zip"
+        self.bin = root / "bin"
+        self.temporary = root / "tmp"
+        self.log = root / "calls"
+        self.pretrained.mkdir(parents=True)
+        self.bin.mkdir()
+        self.temporary.mkdir()
+        shutil.copy(SCRIPT, self.root)
+        for command in NEEDED_COMMANDS:
+            (self.bin / command).symlink_to(shutil.which(command))
+        if real_unzip := shutil.which("unzip"):
+            (self.bin / "unzip").symlink_to(real_unzip)
+        else:
+            self.command("unzip", FAKE_UNZIP.format(python=sys.executable))
+
+    def command(self, name: str, text: str) -> None:
+        path = self.bin / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def fake(self, name: str, behaviour: str) -> None:
+        text = FAKE_DOWNLOADER.format(
+            python=sys.executable, calls=str(self.log), name=Path(name).name, behaviour=behaviour
+        )
+        self.command(name, text)
+
+    def environment(self) -> dict[str, str]:
+        return {"PATH": str(self.bin), "HOME": str(self.root), "TMPDIR": str(self.temporary)}
+
+    def run(self, *names: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BASH, str(self.root / "download.sh"), *names],
+            cwd=cwd or self.root,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    def checkpoints(self) -> dict[str, int]:
+        """Everything in data/pretrained, with its size."""
+        return {path.name: path.stat().st_size for path in self.pretrained.iterdir()}
+
+    def place(self, name: str, size: int, start: bytes = b"PK") -> Path:
+        path = self.pretrained / name
+        path.write_bytes(start)
+        os.truncate(path, size)
+        return path
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def example_zip(path: Path, members: dict[str, bytes] | None = None) -> Path:
+    members = members or {
+        "datasets/gts/face/000.png": FACE,
+        "datasets/gt_keep_masks/face/000.png": MASK,
+        "datasets/other/000.png": b"not asked for",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def copying(path: Path) -> str:
+    return f"import shutil; shutil.copy({str(path)!r}, out)"
+
+
+# --- what works ---
+
+
+@pytest.mark.parametrize("target", ["imagenet", "classifier"])
+@pytest.mark.parametrize("tool", ["curl", "wget"])
+def test_openai_checkpoint_comes_through_curl_or_wget(checkout, target, tool):
+    checkout.fake(tool, f"write({SIZES[target]})")
+    result = checkout.run(target)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert checkout.checkpoints() == {NAMES[target]: SIZES[target]}
+    (call,) = checkout.calls()
+    assert call.startswith(tool) and f"{BLOB_STORE}/{NAMES[target]} |" in call
+
+
+@pytest.mark.parametrize(
+    "target, start", [("celeba", b"PK"), ("places", b"PK"), ("places", b"\x80\x02")]
+)
+def test_drive_checkpoint_comes_through_gdown(checkout, target, start):
+    """A zip archive and the pickle of PyTorch before 1.6 are both what torch.save wrote."""
+    checkout.fake("gdown", f"write({SIZES[target]}, {start!r})")
+    result = checkout.run(target)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert checkout.checkpoints() == {NAMES[target]: SIZES[target]}
+    (call,) = checkout.calls()
+    assert "--continue" in call and f"id={DRIVE_IDS[target]} |" in call
+
+
+def test_data_is_unpacked_without_touching_what_is_there(checkout, tmp_path):
+    archive = example_zip(
+        tmp_path / "made.zip",
+        {
+            "datasets/gts/face/000.png": FACE,
+            "datasets/gts/face/my own.png": b"theirs",
+            "datasets/gts/portraits/0.png": b"theirs",
+            "datasets/gt_keep_masks/face/000.png": MASK,
+            "datasets/other/000.png": b"not asked for",
+        },
+    )
+    own = {"gts/face/my own.png": b"mine", "gts/portraits/0.png": b"shipped"}
+    for name, content in own.items():
+        path = checkout.datasets / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    checkout.fake("gdown", copying(archive))
+    result = checkout.run("data")
+    assert result.returncode == 0, result.stdout + result.stderr
+    files = [path for path in (checkout.root / "data").rglob("*") if path.is_file()]
+    contents = {str(path.relative_to(checkout.datasets.parent)): path for path in files}
+    assert contents.pop("datasets.zip").read_bytes() == archive.read_bytes()
+    assert {name: path.read_bytes() for name, path in contents.items()} == {
+        "datasets/gts/face/000.png": FACE,
+        "datasets/gt_keep_masks/face/000.png": MASK,
+        **{f"datasets/{name}": content for name, content in own.items()},
+    }
+    assert f"id={DRIVE_IDS['data']} |" in checkout.calls()[0]
+
+
+def test_no_argument_means_all_from_any_folder(checkout, tmp_path):
+    archive = example_zip(tmp_path / "made.zip")
+    by_name = {NAMES[target]: SIZES[target] for target in NAMES}
+    behaviour = (
+        f"sizes = {by_name}\nname = os.path.basename(out)[:-len('.part')]\n"
+        f"if name in sizes: write(sizes[name])\nelse: {copying(archive)}"
+    )
+    checkout.fake("curl", behaviour)
+    checkout.fake("gdown", behaviour)
+    result = checkout.run(cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert checkout.checkpoints() == by_name
+    assert (checkout.datasets / "gts/face/000.png").read_bytes() == FACE
+    assert len(checkout.calls()) == 5
+    assert list(checkout.temporary.iterdir()) == []
+    assert result.stdout.count("licences") == 1
+
+
+def test_complete_files_are_not_fetched_again(checkout):
+    for target, name in NAMES.items():
+        checkout.place(name, SIZES[target])
+    example_zip(checkout.zip)
+    for tool in ("curl", "wget", "gdown"):
+        checkout.fake(tool, "sys.exit(1)")
+    result = checkout.run()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("already complete, skipped") == 5
+    assert checkout.calls() == []
+    assert (checkout.datasets / "gts/face/000.png").read_bytes() == FACE
+
+
+@pytest.mark.parametrize("location", ["../repo/.venv/bin/gdown", "python3"])
+def test_gdown_is_found_outside_the_path_too(checkout, location):
+    if location == "python3":
+        module = checkout.bin / "gdown.py"
+        checkout.fake(module.name, f"write({SIZES['celeba']})")
+        text = f'#!{BASH}\nPYTHONPATH="{checkout.bin}" exec "{sys.executable}" "$@"\n'
+        module.write_text(f"if __name__ == '__main__':\n{indented(module.read_text())}")
+        checkout.command(location, text)
+    else:
+        checkout.fake(location, f"write({SIZES['celeba']})")
+    result = checkout.run("celeba")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert checkout.checkpoints() == {NAMES["celeba"]: SIZES["celeba"]}
+
+
+def indented(text: str) -> str:
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("tool, flag", [("curl", "--continue-at -"), ("wget", "--continue")])
+def test_partial_file_is_resumed(checkout, tool, flag):
+    checkout.place("256x256_classifier.pt.part", 1000)
+    checkout.fake(tool, f"write({SIZES['classifier']})")
+    assert checkout.run("classifier").returncode == 0
+    (call,) = checkout.calls()
+    assert f" {flag} " in call and call.endswith("| there: 1000")
+    assert checkout.checkpoints() == {NAMES["classifier"]: SIZES["classifier"]}
+
+
+@pytest.mark.parametrize("target, tool", [("classifier", "curl"), ("celeba", "gdown")])
+def test_part_that_is_complete_only_gets_its_name(checkout, target, tool):
+    checkout.place(f"{NAMES[target]}.part", SIZES[target])
+    checkout.fake(tool, "sys.exit(1)")
+    assert checkout.run(target).returncode == 0
+    assert checkout.calls() == []
+    assert checkout.checkpoints() == {NAMES[target]: SIZES[target]}
+
+
+def test_downloader_killed_midway_leaves_a_part_that_the_next_run_resumes(checkout):
+    checkout.fake("curl", "write(5000)\nos.kill(os.getpid(), signal.SIGKILL)")
+    result = checkout.run("imagenet")
+    assert result.returncode == 1
+    assert checkout.checkpoints() == {"256x256_diffusion.pt.part": 5000}
+    assert "MISSING  data/pretrained/256x256_diffusion.pt" in result.stdout
+    checkout.fake("curl", f"write({SIZES['imagenet']})")
+    assert checkout.run("imagenet").returncode == 0
+    assert checkout.calls()[1].endswith("| there: 5000")
+    assert checkout.checkpoints() == {NAMES["imagenet"]: SIZES["imagenet"]}
+
+
+def test_script_killed_midway_leaves_nothing_under_the_final_name(checkout):
+    checkout.fake("gdown", f"write({SIZES['celeba']})\nimport time; time.sleep(30)")
+    process = subprocess.Popen(
+        [BASH, str(checkout.root / "download.sh"), "celeba"],
+        env=checkout.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 10
+    while SIZES["celeba"] not in checkout.checkpoints().values() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert checkout.checkpoints() == {"celeba256_250000.pt.part": SIZES["celeba"]}
+
+
+def test_gdown_that_stops_keeps_its_own_partial_file(checkout):
+    checkout.fake("gdown", "out += 'abcdefgh.part'\nwrite(700)\nsys.exit('connection lost')")
+    result = checkout.run("places")
+    assert result.returncode == 1
+    assert checkout.checkpoints() == {"places256_300000.pt.partabcdefgh.part": 700}
+    assert "connection lost" in result.stderr
+    assert "same command again to resume" in result.stdout
+
+
+# --- what the downloader brings is not the file ---
+
+
+@pytest.mark.parametrize(
+    "target, size",
+    [
+        ("classifier", SIZES["classifier"] - 1),
+        ("classifier", SIZES["classifier"] + 1),
+        ("celeba", DRIVE_WEIGHTS - 1),
+        ("celeba", DRIVE_WEIGHTS + 2**20 + 1),
+    ],
+)
+def test_wrong_size_is_refused_and_removed(checkout, target, size):
+    for tool in ("curl", "gdown"):
+        checkout.fake(tool, f"write({size})")
+    result = checkout.run(target)
+    assert result.returncode == 1
+    assert checkout.checkpoints() == {}
+    assert f"wrong size: {size} bytes" in result.stdout
+    assert "starts afresh" in result.stdout
+
+
+def test_right_size_with_other_content_is_refused(checkout):
+    checkout.fake("curl", f"write({SIZES['classifier']}, b'XY')")
+    result = checkout.run("classifier")
+    assert result.returncode == 1
+    assert checkout.checkpoints() == {}
+    assert "not a PyTorch file" in result.stdout
+
+
+@pytest.mark.parametrize("start, size", [("PK", SIZES["classifier"] + 1), (QUOTA_PAGE, 500)])
+def test_part_that_cannot_be_resumed_is_removed_first(checkout, start, size):
+    checkout.place("256x256_classifier.pt.part", size, start.encode())
+    checkout.fake("curl", f"write({SIZES['classifier']})")
+    result = checkout.run("classifier")
+    assert result.returncode == 0
+    assert checkout.calls()[0].endswith("| there: 0")
+    assert "removed, starting afresh" in result.stdout
+
+
+@pytest.mark.parametrize("target", ["celeba", "data"])
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        f"write({len(QUOTA_PAGE)}, {QUOTA_PAGE.encode()!r})",
+        "sys.exit('Error:\\n\\n\\tToo many\\n\\tusers have viewed or downloaded this file')",
+        "sys.exit('\\tCannot retrieve the public link. You may have had many\\n\\taccesses.')",
+    ],
+)
+def test_quota_of_drive_is_named_with_what_to_do(checkout, target, behaviour):
+    """As a page in place of the file, and as gdown tells it, which breaks its lines anywhere."""
+    checkout.fake("gdown", behaviour)
+    result = checkout.run(target)
+    assert result.returncode == 1
+    place = checkout.pretrained / NAMES[target] if target == "celeba" else checkout.zip
+    assert "Google Drive's daily quota for this file is used up" in result.stdout
+    assert f"open https://drive.google.com/file/d/{DRIVE_IDS[target]}/view" in result.stdout
+    assert f"save the file as {place}\n" in result.stdout
+    assert checkout.checkpoints() == {}
+    assert not checkout.zip.exists()
+
+
+def test_corrupt_zip_is_not_unpacked(checkout, tmp_path):
+    archive = example_zip(tmp_path / "made.zip")
+    archive.write_bytes(archive.read_bytes().replace(FACE, FACE.upper()))
+    checkout.fake("gdown", copying(archive))
+    result = checkout.run("data")
+    assert result.returncode == 1
+    assert "unzip -t refuses it" in result.stdout
+    assert [path for path in (checkout.root / "data").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["holiday.png", "datasets/gts/0.png", "datasets/gt_keep_masks/0.png"]
+)
+def test_zip_of_something_else_is_said(checkout, tmp_path, name):
+    checkout.fake("gdown", copying(example_zip(tmp_path / "made.zip", {name: b"sun"})))
+    result = checkout.run("data")
+    assert result.returncode == 1
+    assert "holds no datasets/gts" in result.stdout
+    assert {path.name for path in checkout.zip.parent.iterdir()} == {"pretrained", "datasets.zip"}
+
+
+def test_data_that_cannot_be_moved_in_place_is_missing(checkout):
+    example_zip(checkout.zip)
+    checkout.datasets.write_text("a file where the folder should be")
+    result = checkout.run("data")
+    assert result.returncode == 1
+    assert "could not be moved to data/datasets" in result.stdout
+
+
+def test_wrong_file_under_the_final_name_is_set_aside_not_lost(checkout):
+    checkout.place("256x256_classifier.pt", 123)
+    checkout.fake("curl", f"write({SIZES['classifier']})")
+    result = checkout.run("classifier")
+    assert result.returncode == 0
+    assert checkout.checkpoints() == {
+        "256x256_classifier.pt": SIZES["classifier"],
+        "256x256_classifier.pt.bad": 123,
+    }
+
+
+def test_second_wrong_file_is_left_alone(checkout):
+    for name in ("256x256_classifier.pt", "256x256_classifier.pt.bad"):
+        checkout.place(name, 123)
+    checkout.fake("curl", f"write({SIZES['classifier']})")
+    result = checkout.run("classifier")
+    assert result.returncode == 1
+    assert "move it away" in result.stdout
+    assert checkout.calls() == []
+    assert set(checkout.checkpoints().values()) == {123}
+
+
+def test_one_failure_does_not_keep_the_others_away(checkout):
+    checkout.fake("gdown", "sys.exit('no connection')")
+    checkout.fake("curl", f"write({SIZES['classifier']})")
+    result = checkout.run("celeba", "classifier")
+    assert result.returncode == 1
+    assert "  there    data/pretrained/256x256_classifier.pt" in result.stdout
+    assert "  MISSING  data/pretrained/celeba256_250000.pt" in result.stdout
+
+
+# --- what the machine lacks, and usage ---
+
+
+@pytest.mark.parametrize(
+    "target, why",
+    [
+        ("classifier", "neither curl nor wget is installed"),
+        ("celeba", "gdown is not installed: pip install gdown"),
+        ("data", "unzip is not installed"),
+    ],
+)
+def test_missing_tool_is_named_with_the_way_by_hand(checkout, target, why):
+    (checkout.bin / "unzip").unlink()
+    result = checkout.run(target)
+    assert result.returncode == 1
+    assert why in result.stdout
+    assert re.search(
+        r"by hand: open https://\S+ in a browser\n +and save the file as /", result.stdout
+    )
+
+
+@pytest.mark.parametrize("name", ["imagnet", "", "celeba places"])
+def test_unknown_name_stops_before_any_download(checkout, name):
+    checkout.fake("curl", "write(1)")
+    result = checkout.run("classifier", name)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f'download.sh: unknown name "{name}"; accepted: celeba places imagenet classifier data\n'
+    )
+    assert checkout.calls() == []
+
+
+def test_help_names_every_target_and_downloads_nothing(checkout):
+    checkout.fake("curl", "write(1)")
+    result = checkout.run("classifier", "--help")
+    assert result.returncode == 0
+    assert all(re.search(rf"^  {name} ", result.stdout, re.M) for name in [*NAMES, "data"])
+    assert checkout.calls() == []
+
+
+# --- the real downloaders understand the flags ---
+
+
+class SparseFile(http.server.BaseHTTPRequestHandler):
+    """Serves `size` bytes, PK and zeros; only a range is short enough to be sent whole."""
+
+    size = 0
+
+    def do_GET(self) -> None:
+        if self.path == "/absent":
+            self.send_error(404)
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        first = int(asked[1]) if asked else 0
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(self.size - first))
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{self.size - 1}/{self.size}")
+        self.end_headers()
+        self.wfile.write(bytes(self.size - first) if asked else b"PK")
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SparseFile) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+def redirect(checkout: Checkout, tool: str, url: str) -> None:
+    """The real tool, with the script's flags, and the address replaced by `url`."""
+    real = shutil.which(tool)
+    if real is None:
+        pytest.skip(f"{tool} is not installed")
+    checkout.command(tool, f'#!{BASH}\nexec "{real}" "${{@:1:$#-1}}" "{url}"\n')
+
+
+@pytest.mark.parametrize("tool", ["curl", "wget"])
+def test_real_downloader_resumes(checkout, server, monkeypatch, tool):
+    monkeypatch.setattr(SparseFile, "size", SIZES["classifier"])
+    checkout.place("256x256_classifier.pt.part", SIZES["classifier"] - 1000)
+    redirect(checkout, tool, f"{server}/present")
+    result = checkout.run("classifier")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert checkout.checkpoints() == {NAMES["classifier"]: SIZES["classifier"]}
+
+
+@pytest.mark.parametrize("tool", ["curl", "wget"])
+def test_real_downloader_fails_without_a_trace(checkout, server, tool):
+    redirect(checkout, tool, f"{server}/absent")
+    result = checkout.run("classifier")
+    assert result.returncode == 1
+    assert checkout.checkpoints() == {}
+    assert "404" in result.stderr
+
+
+def test_real_gdown_resumes(checkout, server, monkeypatch):
+    pytest.importorskip("gdown")
+    monkeypatch.setattr(SparseFile, "size", SIZES["celeba"])
+    checkout.place("celeba256_250000.pt.partabcdefgh.part", SIZES["celeba"] - 1000)
+    text = f'#!{BASH}\nexec "{sys.executable}" -m gdown "${{@:1:$#-1}}" "{server}/present"\n'
+    checkout.command("gdown", text)
+    result = checkout.run("celeba")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert checkout.checkpoints() == {NAMES["celeba"]: SIZES["celeba"]}
