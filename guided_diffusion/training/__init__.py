@@ -1,0 +1,1 @@
+"""Training of a denoiser: losses, moving averages, data and the loop."""

@@ -1,0 +1,74 @@
+"""Training images, in an order that follows from the seed and the step alone."""
+
+from collections.abc import Iterator
+from pathlib import PurePath
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from guided_diffusion.config import UserError
+from guided_diffusion.image_datasets import image_to_tensor, list_images, load_prepared
+
+
+class TrainingImages(Dataset):
+    """Images of a folder, each with its class: the position of its own folder among all."""
+
+    def __init__(self, folder: str, image_size: int):
+        """Raises UserError if the folder cannot be read or holds no image."""
+        self.paths = list_images("data_dir", folder)
+        self.image_size = image_size
+        folders = [str(PurePath(path).parent) for path in self.paths]
+        self.class_folders = sorted(set(folders))
+        class_of = {folder: i for i, folder in enumerate(self.class_folders)}
+        self.classes = [class_of[folder] for folder in folders]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        """(3, S, S) in [-1, 1], and the class. Raises UserError that names a bad file."""
+        return image_to_tensor(load_prepared(self.paths[i], self.image_size)), self.classes[i]
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises UserError if there are more classes than the network knows."""
+        if len(self.class_folders) > num_classes:
+            raise UserError(
+                f"data_dir has {len(self.class_folders)} folders with images, one class each, but "
+                f"a class-conditional network knows {num_classes}: merge folders"
+            )
+
+
+class StepBatches:
+    """The images of each training step from `first_step` on: every epoch a fresh shuffle.
+
+    A function of (seed, step), so that a resumed run goes on with the very same images.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, first_step: int):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first_step = first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, skipped = divmod(self.first_step * self.batch_size, self.num_images)
+        batch: list[int] = []
+        while True:
+            for i in self._shuffled(epoch)[skipped:]:
+                batch.append(i)
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch = []
+            epoch, skipped = epoch + 1, 0
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_images).tolist()
+
+
+def endless_batches(
+    images: TrainingImages, batch_size: int, seed: int, first_step: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches ((B, 3, S, S), (B,)) of images and classes, read ahead by two processes."""
+    order = StepBatches(len(images), batch_size, seed, first_step)
+    return iter(DataLoader(images, batch_sampler=order, num_workers=2))

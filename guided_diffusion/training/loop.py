@@ -1,0 +1,212 @@
+"""The training loop: steps, averages, checkpoints, exact resume.
+
+Everything random in a step follows from (seed, step), so a checkpoint needs no random state, and
+a run that was killed at any moment goes on from its newest complete checkpoint to the same
+weights. Files are named as the ecosystem does: modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from guided_diffusion import storage
+from guided_diffusion.checkpoint import load_state_dict
+from guided_diffusion.config import TrainingParams, UserError
+from guided_diffusion.respace import Process
+from guided_diffusion.training.data import TrainingImages, endless_batches
+from guided_diffusion.training.ema import EMA
+from guided_diffusion.training.losses import TIMESTEP_SAMPLERS, training_losses
+
+WriteSamples = Callable[[dict[str, torch.Tensor], str], None]  # (weights, path of the picture)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the network learns; see `training_losses`."""
+
+    process: Process
+    predict_xstart: bool = False
+    use_kl: bool = False
+    class_cond: bool = False
+
+
+class Trainer:
+    """A network on its way: weights, averages, optimiser, and the number of steps done."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        params: TrainingParams,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = torch.device(device)
+        self.network = network.to(self.device, memory_format=torch.channels_last)
+
+        self.objective = objective
+        self.params = params
+        self.seed = seed
+        self.step = 0
+        self.emas = [EMA(self.network, rate) for rate in params.ema_rate]
+        self.timesteps = TIMESTEP_SAMPLERS[params.schedule_sampler](
+            objective.process.diffusion.num_timesteps
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=params.lr, weight_decay=params.weight_decay
+        )
+
+    def train_step(self, images: torch.Tensor, classes: torch.Tensor) -> float:
+        """Learn from one batch (B, 3, S, S) in [-1, 1] with classes (B,); returns the mean loss."""
+        torch.manual_seed(_step_seed(self.seed, self.step))
+        if self.params.random_flip:
+            flip = torch.rand(len(images)) < 0.5
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        t, weights = self.timesteps.sample(len(images))
+        noise = torch.randn(images.shape)
+        loss = self._backward(images, classes, t, weights, noise)
+        self._update()
+        self.step += 1
+        return loss
+
+    def _backward(self, *batch: torch.Tensor) -> float:
+        """Add up the gradients, one microbatch at a time; returns the mean loss."""
+        batch_size = len(batch[0])
+        size = batch_size if self.params.microbatch == -1 else self.params.microbatch
+        total = 0.0
+        for part in zip(*(tensor.split(size) for tensor in batch), strict=True):
+            x0, y, t, weights, noise = (tensor.to(self.device) for tensor in part)
+            losses = self._losses(x0, y, t, noise)
+            (losses * weights).sum().div(batch_size).backward()
+            self.timesteps.update(t.cpu(), losses.detach().cpu())
+            total += losses.detach().sum().item()
+        return total / batch_size
+
+    def _losses(
+        self, x0: torch.Tensor, y: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+            labels = (y,) if self.objective.class_cond else ()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.params.use_bf16):
+                return self.network(x_t, self.objective.process.network_times[t], *labels)
+
+        return training_losses(
+            network,
+            self.objective.process.diffusion,
+            x0,
+            t,
+            noise,
+            predict_xstart=self.objective.predict_xstart,
+            use_kl=self.objective.use_kl,
+        )["loss"]
+
+    def _update(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.params, self.step)
+        if self.params.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.params.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for ema in self.emas:
+            ema.update(self.network)
+
+    def save(self, log_dir: str) -> None:
+        """Write a checkpoint; its optimiser file comes last, and so says that it is complete."""
+        files = self._checkpoint_files(self.step)
+        contents = [self.network.state_dict(), *(ema.weights for ema in self.emas)]
+        optimizer = self.optimizer.state_dict() | {"timesteps": self.timesteps.state_dict()}
+        for name, content in zip(files, [*contents, optimizer], strict=True):
+            with storage.create_atomically(f"{log_dir}/{name}") as file:
+                torch.save(content, file)
+
+    def resume(self, log_dir: str) -> None:
+        """Go on from the newest complete checkpoint in log_dir, if there is one.
+
+        Raises UserError if it belongs to another network.
+        """
+        steps = _saved_steps(log_dir)
+        complete = [step for step in steps if self._is_complete(log_dir, step)]
+        if not complete:
+            return
+        step = max(complete)
+        network, *emas, optimizer = (
+            load_state_dict(f"{log_dir}/{name}") for name in self._checkpoint_files(step)
+        )
+        try:
+            self.network.load_state_dict(network)
+            self.timesteps.load_state_dict(optimizer.pop("timesteps"))
+            self.optimizer.load_state_dict(optimizer)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint of step {step} in log_dir {log_dir} is of another configuration: "
+                f"use an empty log_dir to start afresh ({str(error).splitlines()[0]})"
+            ) from error
+        for ema, weights in zip(self.emas, emas, strict=True):
+            ema.load_state_dict(weights)
+        self.step = step
+
+    def _is_complete(self, log_dir: str, step: int) -> bool:
+        return all(storage.exists(f"{log_dir}/{n}") for n in self._checkpoint_files(step))
+
+    def _checkpoint_files(self, step: int) -> list[str]:
+        emas = [f"ema_{ema.rate}_{step:06d}.pt" for ema in self.emas]
+        return [f"model{step:06d}.pt", *emas, f"opt{step:06d}.pt"]
+
+
+def train(
+    trainer: Trainer,
+    images: TrainingImages,
+    log_dir: str,
+    *,
+    write_samples: WriteSamples,
+    show_progress: bool = True,
+) -> None:
+    """Train until `total_steps`; the same call again goes on where a killed one stopped."""
+    params = trainer.params
+    trainer.resume(log_dir)
+    batches = endless_batches(images, params.batch_size, trainer.seed, trainer.step)
+    bar = tqdm(
+        total=params.total_steps, initial=trainer.step, unit="step", disable=not show_progress
+    )
+    recent: list[float] = []
+    while trainer.step < params.total_steps:
+        recent.append(trainer.train_step(*next(batches)))
+        bar.update()
+        if trainer.step % params.log_interval == 0:
+            bar.set_postfix(loss=f"{np.mean(recent):.4f}")
+            recent.clear()
+        is_last = trainer.step == params.total_steps
+        if trainer.step % params.save_interval == 0 or is_last:
+            trainer.save(log_dir)
+        if params.sample_interval and (trainer.step % params.sample_interval == 0 or is_last):
+            write_samples(trainer.emas[0].weights, f"{log_dir}/samples{trainer.step:06d}.png")
+    bar.close()
+
+
+def learning_rate(params: TrainingParams, step: int) -> float:
+    """The rate at a step: up over `warmup_steps`, then constant or down to 0 at the last step."""
+    rate = params.lr
+    if step < params.warmup_steps:
+        rate *= (step + 1) / params.warmup_steps
+    if params.lr_anneal_steps:
+        rate *= max(0.0, 1 - step / params.lr_anneal_steps)
+    return rate
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+
+def _saved_steps(log_dir: str) -> list[int]:
+    if not storage.exists(log_dir):
+        return []
+    names = [Path(path).name for path in storage.list_files(log_dir)]
+    return [int(match[1]) for name in names if (match := re.fullmatch(r"opt(\d{6,})\.pt", name))]
