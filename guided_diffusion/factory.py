@@ -1,0 +1,264 @@
+"""The only place that knows both the config's vocabulary and the classes it stands for."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from guided_diffusion import storage
+from guided_diffusion.checkpoint import check_weights, load_weights
+from guided_diffusion.config import (
+    CHANNEL_MULT_BY_IMAGE_SIZE,
+    ClassifierConfig,
+    Config,
+    DiffusionConfig,
+    NetworkConfig,
+    TrainingConfig,
+    UserError,
+    load_config,
+)
+from guided_diffusion.denoiser import Denoiser, guided, network_denoiser
+from guided_diffusion.gaussian_diffusion import beta_schedule
+from guided_diffusion.image_datasets import encode_png, picture_grid, to_bytes
+from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.respace import Process, respaced_process
+from guided_diffusion.scheduler import jump_times, plain_times
+from guided_diffusion.training.data import TrainingImages
+from guided_diffusion.training.loop import Objective, Trainer
+from guided_diffusion.unet import NUM_CLASSES, Classifier, ClassifierParams, UNet, UNetParams
+
+PREVIEW_STEPS = 50  # of the samples that a training run shows
+
+
+def load_inpainter(
+    conf_path: str, device: str | None = None, overrides: Sequence[str] = ()
+) -> Inpainter:
+    """The inpainter that a config describes; its dataset, if it names one, does not matter.
+
+    device: "cpu", "cuda", "cuda:1", …; None: as the config says. overrides: KEY=VALUE each, as
+    for `test.py --set`. Raises UserError.
+    """
+    config = load_config(conf_path, overrides, require_data=False)
+    config = replace(config, device=device or config.device)
+    return build_inpainter(config, build_times(config))
+
+
+def build_inpainter(config: Config, times: Sequence[int]) -> Inpainter:
+    """The inpainter of a config, its weights loaded. Raises UserError.
+
+    times: what the sampler walks, see `build_times`.
+    """
+    device = pick_device(config.device)
+    process = build_process(config.diffusion, device)
+    return Inpainter(
+        _build_denoiser(config, process, device),
+        process.diffusion,
+        times,
+        config.network.image_size,
+        num_classes=NUM_CLASSES,
+        cond_y=config.cond_y,
+        inject_known=config.inpa_inj_sched_prev,
+        time_shift=config.inpa_inj_time_shift,
+        paste_known=config.paste_known,
+    )
+
+
+def check_checkpoints(config: Config) -> None:
+    """Compare every key and shape of the checkpoints with the config. Raises UserError."""
+    check_weights(_meta_unet(config.network), config.model_path)
+    if config.classifier:
+        network = _meta_classifier(config.classifier, config.network.image_size)
+        check_weights(network, _classifier_path(config.classifier))
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of this name; None: CUDA if there is one. Raises UserError if it is absent."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device: {name} was asked for, but torch finds {torch.cuda.device_count()} CUDA "
+            "device(s); use device: cpu, or install a torch build for your GPU"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: mps was asked for, but torch finds none; use device: cpu")
+    return device
+
+
+def build_process(config: DiffusionConfig, device: torch.device | str = "cpu") -> Process:
+    """The respaced diffusion of a config. Raises UserError."""
+    betas = beta_schedule(config.noise_schedule, config.diffusion_steps)
+    try:
+        return respaced_process(
+            betas,
+            config.timestep_respacing,
+            rescale_timesteps=config.rescale_timesteps,
+            device=device,
+        )
+    except ValueError as error:
+        raise UserError(f"timestep_respacing: {config.timestep_respacing}: {error}") from error
+
+
+def build_times(config: Config) -> list[int]:
+    """The times that the sampler walks. Raises UserError if the diffusion has too few steps."""
+    alphas_cumprod = build_process(config.diffusion).diffusion.alphas_cumprod
+    steps = len(alphas_cumprod)
+    if config.schedule is None:
+        return plain_times(steps)
+    if config.schedule.t_T > steps:
+        raise UserError(
+            f"{config.source}: schedule_jump_params.t_T: found {config.schedule.t_T}, but "
+            f"timestep_respacing keeps {steps} steps; lower t_T to {steps}, or raise the other"
+        )
+    times = jump_times(config.schedule)
+    _check_time_shift(config, times, steps)
+    if config.schedule.t_T < steps:
+        noise = (1 - alphas_cumprod[times[0]]) ** 0.5
+        warnings.warn(
+            f"sampling starts from pure noise at step {times[0]} of {steps}, whose noise level is "
+            f"{noise:.3f}, not 1: results suffer. If you lowered t_T to save time, set also "
+            f"timestep_respacing: '{config.schedule.t_T}', or leave that key out",
+            UserWarning,
+            stacklevel=2,
+        )
+    return times
+
+
+def _check_time_shift(config: Config, times: list[int], steps: int) -> None:
+    shift = config.inpa_inj_time_shift
+    used = [t + shift for t, u in pairwise(times) if u > t]
+    if used and not (min(used) >= 0 and max(used) < steps):
+        raise UserError(
+            f"{config.source}: inpa_inj_time_shift: found {shift}, with which re-noising needs "
+            f"steps {min(used)} to {max(used)} of a diffusion of {steps} steps; accepted: 1"
+        )
+
+
+def _build_denoiser(config: Config, process: Process, device: torch.device) -> Denoiser:
+    network = load_weights(_meta_unet(config.network), config.model_path)
+    denoiser = network_denoiser(
+        _ready(network, device, config.network.use_fp16),
+        process,
+        class_cond=config.network.class_cond,
+        predict_xstart=config.diffusion.predict_xstart,
+        clip_denoised=config.clip_denoised,
+    )
+    if config.classifier is None:
+        return denoiser
+    classifier = load_weights(
+        _meta_classifier(config.classifier, config.network.image_size),
+        _classifier_path(config.classifier),
+    )
+    classifier = _ready(classifier, device, config.classifier.use_fp16)
+    return guided(denoiser, classifier, process, config.classifier.scale)
+
+
+def _ready(network: UNet | Classifier, device: torch.device, use_fp16: bool) -> nn.Module:
+    if use_fp16:
+        network.convert_blocks(torch.float16)
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _meta_unet(network: NetworkConfig) -> UNet:
+    """The denoiser without memory for its weights, which the checkpoint brings along."""
+    with torch.device("meta"):
+        return UNet(unet_params(network))
+
+
+def _meta_classifier(classifier: ClassifierConfig, image_size: int) -> Classifier:
+    with torch.device("meta"):
+        return Classifier(classifier_params(classifier, image_size))
+
+
+def _classifier_path(classifier: ClassifierConfig) -> str:
+    if classifier.path is None:
+        raise UserError("classifier_path: missing; guidance needs a classifier")
+    return classifier.path
+
+
+def unet_params(network: NetworkConfig) -> UNetParams:
+    """The shape of the denoiser that a config describes."""
+    return UNetParams(
+        image_size=network.image_size,
+        model_channels=network.num_channels,
+        channel_mult=network.channel_mult,
+        num_res_blocks=network.num_res_blocks,
+        attention_resolutions=network.attention_resolutions,
+        out_channels=6 if network.learn_sigma else 3,
+        num_heads=network.num_heads,
+        num_heads_upsample=network.num_heads_upsample,
+        num_head_channels=network.num_head_channels,
+        num_classes=NUM_CLASSES if network.class_cond else None,
+        dropout=network.dropout,
+        use_scale_shift_norm=network.use_scale_shift_norm,
+        resblock_updown=network.resblock_updown,
+        use_new_attention_order=network.use_new_attention_order,
+        use_checkpoint=network.use_checkpoint,
+    )
+
+
+def classifier_params(classifier: ClassifierConfig, image_size: int) -> ClassifierParams:
+    """The shape of the classifier that a config describes."""
+    encoder = UNetParams(
+        image_size=image_size,
+        model_channels=classifier.width,
+        channel_mult=CHANNEL_MULT_BY_IMAGE_SIZE[image_size],
+        num_res_blocks=classifier.depth,
+        attention_resolutions=classifier.attention_resolutions,
+        num_head_channels=64,
+        use_scale_shift_norm=classifier.use_scale_shift_norm,
+        resblock_updown=classifier.resblock_updown,
+    )
+    return ClassifierParams(encoder, classifier.pool)
+
+
+def build_trainer(config: TrainingConfig) -> tuple[Trainer, TrainingImages]:
+    """A network with fresh weights and what trains it, and its images. Raises UserError."""
+    device = pick_device(config.device)
+    images = TrainingImages(config.training.data_dir, config.network.image_size)
+    if config.network.class_cond:
+        images.check_classes(NUM_CLASSES)
+    objective = Objective(
+        build_process(config.diffusion, device),
+        predict_xstart=config.diffusion.predict_xstart,
+        use_kl=config.diffusion.use_kl,
+        class_cond=config.network.class_cond,
+    )
+    torch.manual_seed(config.seed)  # the fresh weights
+    network = UNet(unet_params(config.network))
+    return Trainer(network, objective, config.training, seed=config.seed, device=device), images
+
+
+def sample_writer(
+    config: TrainingConfig, device: torch.device
+) -> Callable[[dict[str, torch.Tensor], str], None]:
+    """A function (weights, path) that draws a grid of free samples, from the same noise always."""
+    steps = str(min(PREVIEW_STEPS, config.diffusion.diffusion_steps))
+    process = build_process(replace(config.diffusion, timestep_respacing=steps), device)
+    network = _meta_unet(config.network).eval()
+    inpainter = Inpainter(
+        network_denoiser(
+            network,
+            process,
+            class_cond=config.network.class_cond,
+            predict_xstart=config.diffusion.predict_xstart,
+        ),
+        process.diffusion,
+        plain_times(process.diffusion.num_timesteps),
+        config.network.image_size,
+        num_classes=NUM_CLASSES,
+        inject_known=False,
+    )
+    number, size = config.training.sample_number, config.network.image_size
+
+    def write(weights: dict[str, torch.Tensor], path: str) -> None:
+        network.load_state_dict(weights, assign=True)
+        blank = torch.zeros(number, 3, size, size)
+        pictures = to_bytes(inpainter.sample(blank, blank, seeds=range(number)))
+        storage.write_atomically(path, encode_png(picture_grid(pictures)))
+
+    return write

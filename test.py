@@ -1,0 +1,71 @@
+"""Inpaint every image that a config names."""
+
+import argparse
+import sys
+import warnings
+
+from guided_diffusion.config import Config, UserError, load_config
+
+EXAMPLES = """examples:
+  python test.py --conf_path confs/demo.yml
+  python test.py --conf_path confs/face_example.yml --dry-run
+  python test.py --conf_path confs/face_example.yml --set seed=7 --set data.eval.face.max_len=2
+  python test.py --conf_path confs/face_example.yml --set schedule_jump_params.jump_n_sample=5
+"""
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    warnings.showwarning = show_warning
+    try:
+        run(load_config(arguments.conf_path, arguments.set), arguments.dry_run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what is finished is written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--conf_path", required=True, help="a YAML file, see confs/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the config (a dotted path and a YAML value); repeatable",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print the plan, no sampling"
+    )
+    return parser.parse_args()
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def run(config: Config, dry_run: bool) -> None:
+    # Torch takes seconds to import; a mistake in the config is reported before.
+    from guided_diffusion import factory, runner
+
+    device = factory.pick_device(config.device)
+    times = factory.build_times(config)
+    plan = runner.make_plan(config, times)
+    if dry_run:
+        factory.check_checkpoints(config)
+        print(f"{plan.describe(device)}\neverything is in order; nothing was sampled (--dry-run)")
+        return
+    inpainter = factory.build_inpainter(plan.config, times)
+    print(plan.describe(device), flush=True)
+    runner.run(plan, inpainter)
+    print(f"results: {plan.dataset.inpainted_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
