@@ -1,0 +1,193 @@
+"""How far RePaint's samples are from the truth, where the truth is known.
+
+The data are small Gaussian images, so the ideal network and the distribution of the hidden pixels
+given the known ones have closed forms. Prints a table for some r (walks over each stretch) and
+j (steps in a stretch), the paper's being r = j = 10:
+
+    python tests/exact_gaussian.py
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if __package__ is None or __package__ == "":  # run by path: make the package importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from guided_diffusion.config import ScheduleConfig
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ReverseStep, beta_schedule
+from guided_diffusion.repaint import Denoise, Streams, repaint
+from guided_diffusion.respace import respaced_process
+from guided_diffusion.scheduler import count_evaluations, jump_times
+
+SIDE = 4
+PIXELS = SIDE * SIDE
+STEPS = 250
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(mean, cov) over n pixels, row by row; float64."""
+
+    mean: np.ndarray  # (n,)
+    cov: np.ndarray  # (n, n)
+
+    def marginal(self, pixels: np.ndarray) -> "Gaussian":
+        """The distribution of the pixels where this mask (n,) is true."""
+        return Gaussian(self.mean[pixels], self.cov[np.ix_(pixels, pixels)])
+
+    def given(self, known: np.ndarray, values: np.ndarray) -> "Gaussian":
+        """The other pixels' distribution, if those where known (n,) is true have these values."""
+        gain = np.linalg.solve(self.cov[np.ix_(known, known)], self.cov[np.ix_(known, ~known)]).T
+        return Gaussian(
+            self.mean[~known] + gain @ (values - self.mean[known]),
+            self.cov[np.ix_(~known, ~known)] - gain @ self.cov[np.ix_(known, ~known)],
+        )
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a Gaussian is from the true one."""
+
+    mean: float  # root mean square error of the means, in true standard deviations
+    cov: float  # Frobenius norm of the difference of the covariances, over that of the true one
+    kl: float  # KL(found ‖ true) in nats
+
+
+def distance(found: Gaussian, true: Gaussian) -> Distance:
+    """All three measures of `found`, a Gaussian over the same pixels as `true`."""
+    shift = found.mean - true.mean
+    ratio = np.linalg.solve(true.cov, found.cov)
+    mahalanobis = shift @ np.linalg.solve(true.cov, shift)
+    return Distance(
+        mean=float(np.sqrt(np.mean(shift**2 / np.diag(true.cov)))),
+        cov=float(np.linalg.norm(found.cov - true.cov) / np.linalg.norm(true.cov)),
+        kl=float(np.trace(ratio) - len(shift) - np.linalg.slogdet(ratio)[1] + mahalanobis) / 2,
+    )
+
+
+def symmetric_images() -> Gaussian:
+    """Images that resemble faces in two ways: neighbours are alike, and so are mirrored pixels."""
+    rows, columns = np.divmod(np.arange(PIXELS), SIDE)
+
+    def likeness(other_columns: np.ndarray) -> np.ndarray:
+        return np.exp(-np.hypot(rows[:, None] - rows, columns[:, None] - other_columns) / 2)
+
+    cov = likeness(columns) + 0.8 * likeness(SIDE - 1 - columns)
+    std = 0.4 / np.sqrt(np.diag(cov))
+    return Gaussian(0.2 * np.cos(rows + columns), cov * np.outer(std, std))
+
+
+DATA = symmetric_images()
+KNOWN = np.arange(PIXELS) % SIDE < SIDE // 2  # the left half
+IMAGE = np.random.default_rng(0).multivariate_normal(DATA.mean, DATA.cov)
+TRUTH = DATA.given(KNOWN, IMAGE[KNOWN])
+
+
+def new_diffusion() -> GaussianDiffusion:
+    """The published networks' process in 250 steps."""
+    return respaced_process(beta_schedule("linear", 1000), str(STEPS)).diffusion
+
+
+def ideal_network(data: Gaussian, diffusion: GaussianDiffusion) -> Denoise:
+    """What training with learned variances tends to, for Gaussian data.
+
+    x_t ~ N(√ᾱ μ, C) with C = ᾱ Σ + (1 − ᾱ) I, so that E[ε | x_t] = √(1 − ᾱ) C⁻¹ (x_t − √ᾱ μ)
+    and Cov(x_0 | x_t) = (1 − ᾱ) Σ C⁻¹. The variance of x_{t−1}, as of any such network, is given
+    pixel by pixel: the diagonal of the true one.
+    """
+    abar = diffusion.alphas_cumprod[:, None, None]
+    eye = np.eye(len(data.mean))
+    inverse = np.linalg.inv(abar * data.cov + (1 - abar) * eye)  # C⁻¹, (T, n, n)
+    to_eps = np.sqrt(1 - abar) * inverse
+
+    x0_variance = np.diagonal((1 - abar) * (data.cov @ inverse), axis1=1, axis2=2)
+    c0 = diffusion.posterior_mean_coef_x0[:, None]
+    variance = diffusion.posterior_variance[:, None] + c0**2 * x0_variance
+    lower = diffusion.posterior_log_variance_clipped[:, None]
+    upper = np.log(diffusion.betas)[:, None]
+    v = 2 * (np.log(variance) - lower) / (upper - lower) - 1
+
+    weights, centres, v = (
+        torch.from_numpy(table.astype(np.float32))
+        for table in (to_eps, np.sqrt(abar[:, 0]) * data.mean, v)
+    )
+
+    def denoise(x: torch.Tensor, t: int) -> ReverseStep:
+        eps = (x.flatten(1) - centres[t]) @ weights[t]
+        output = torch.stack([eps, v[t].expand_as(eps)], dim=1).view(len(x), 2, SIDE, SIDE)
+        return diffusion.reverse_step(output, x, t, clip_denoised=False)
+
+    return denoise
+
+
+class BalancedNoise:
+    """Noise in place of `Streams` by which a small batch has exact moments.
+
+    Over the batch it has mean 0 and covariance I, and it is uncorrelated with the state and with
+    the noise drawn before it: all as in an infinite batch. Where every step is affine, so are
+    then the mean and the covariance of the result, whatever the seed.
+    """
+
+    BATCH = 1 + 3 * PIXELS  # directions: the mean's, the state's, the last noise's, the new one's
+
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+        self.previous = np.zeros((self.BATCH, PIXELS))
+
+    def normal(self, like: torch.Tensor) -> torch.Tensor:
+        """like: the state, (BATCH, 1, SIDE, SIDE)."""
+        state = like.flatten(1).numpy().astype(np.float64)
+        fresh = self.rng.standard_normal(state.shape)
+        basis, _ = np.linalg.qr(np.hstack([np.ones((len(state), 1)), state, self.previous, fresh]))
+        self.previous = basis[:, -PIXELS:] * np.sqrt(len(state))
+        return torch.from_numpy(self.previous.astype(np.float32)).view_as(like)
+
+
+def sample(
+    times: list[int], streams: Streams | BalancedNoise, batch: int, *, inject_known: bool = True
+) -> Gaussian:
+    """The moments over all pixels of what the loop draws, given the known half of IMAGE."""
+    diffusion = new_diffusion()
+    shape = (batch, 1, SIDE, SIDE)
+    gt, keep_mask = (
+        torch.from_numpy(row.astype(np.float32)).expand(batch, PIXELS).reshape(shape)
+        for row in (np.where(KNOWN, IMAGE, 0), KNOWN)
+    )
+    denoise = ideal_network(DATA, diffusion)
+    drawn = repaint(denoise, diffusion, times, gt, keep_mask, streams, inject_known=inject_known)
+    rows = drawn.flatten(1).numpy().astype(np.float64)
+    return Gaussian(rows.mean(axis=0), np.cov(rows.T, bias=True))
+
+
+def times_for(r: int, j: int = 10) -> list[int]:
+    """The paper's schedule: jumps of j steps, each stretch walked r times."""
+    return jump_times(ScheduleConfig(t_T=STEPS, n_sample=1, jump_length=j, jump_n_sample=r))
+
+
+@cache
+def inpainted(r: int, j: int = 10) -> Gaussian:
+    """The moments over all pixels of what the loop draws, without sampling error."""
+    return sample(times_for(r, j), BalancedNoise(0), BalancedNoise.BATCH)
+
+
+def inpainting_error(r: int, j: int = 10) -> Distance:
+    """How far the hidden pixels that the loop draws are from the truth."""
+    return distance(inpainted(r, j).marginal(~KNOWN), TRUTH)
+
+
+def main() -> None:
+    print("| r | j | evaluations | error of the mean (std) | error of the covariance | KL (nats) |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for r, j in ((1, 10), (5, 10), (10, 10), (10, 5), (10, 1)):
+        cost = count_evaluations(times_for(r, j))
+        error = inpainting_error(r, j)
+        print(f"| {r} | {j} | {cost:,} | {error.mean:.3f} | {error.cov:.1%} | {error.kl:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
