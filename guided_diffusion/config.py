@@ -78,8 +78,8 @@ class DiffusionConfig:
     timestep_respacing: Respacing = ""  # left out beside a schedule, the loader takes its t_T
     predict_xstart: Flag = False  # the network predicts x_0 instead of epsilon
     rescale_timesteps: Flag = False  # the network sees t * 1000 / diffusion_steps
-    rescale_learned_sigmas: Flag = False  # training only
-    use_kl: Flag = False  # training only
+    rescale_learned_sigmas: Flag = False  # no effect: training always weighs by N / 1000
+    use_kl: Flag = False  # training only: the variational bound alone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,9 +234,12 @@ def build_trainer(config: TrainingConfig) -> tuple[Trainer, TrainingImages]:
 
 
 def sample_writer(
-    config: TrainingConfig, device: torch.device
+    config: TrainingConfig, device: torch.device, num_classes: int
 ) -> Callable[[dict[str, torch.Tensor], str], None]:
-    """A function (weights, path) that draws a grid of free samples, from the same noise always."""
+    """A function (weights, path) that draws a grid of free samples, from the same noise always.
+
+    num_classes: of those that are being learnt; a class-conditional network draws among them.
+    """
     steps = str(min(PREVIEW_STEPS, config.diffusion.diffusion_steps))
     process = build_process(replace(config.diffusion, timestep_respacing=steps), device)
     network = _meta_unet(config.network).eval()
@@ -250,7 +253,7 @@ def sample_writer(
         process.diffusion,
         plain_times(process.diffusion.num_timesteps),
         config.network.image_size,
-        num_classes=NUM_CLASSES,
+        num_classes=num_classes,
         inject_known=False,
     )
     number, size = config.training.sample_number, config.network.image_size

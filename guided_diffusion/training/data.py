@@ -1,17 +1,20 @@
 """Training images, in an order that follows from the seed and the step alone."""
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from guided_diffusion.config import UserError
 from guided_diffusion.image_datasets import image_to_tensor, list_images, load_prepared
 
+READERS = 2  # threads that read images while the network learns
 
-class TrainingImages(Dataset):
+
+class TrainingImages:
     """Images of a folder, each with its class: the position of its own folder among all."""
 
     def __init__(self, folder: str, image_size: int):
@@ -69,6 +72,19 @@ class StepBatches:
 def endless_batches(
     images: TrainingImages, batch_size: int, seed: int, first_step: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches ((B, 3, S, S), (B,)) of images and classes, read ahead by two processes."""
-    order = StepBatches(len(images), batch_size, seed, first_step)
-    return iter(DataLoader(images, batch_sampler=order, num_workers=2))
+    """Batches ((B, 3, S, S), (B,)) of images and classes, read ahead.
+
+    Raises UserError that names a bad file. By threads, since an error in a process of its own
+    would come back as that process's traceback.
+    """
+    order = iter(StepBatches(len(images), batch_size, seed, first_step))
+
+    def read(batch: list[int]) -> list[tuple[torch.Tensor, int]]:
+        return [images[i] for i in batch]
+
+    with ThreadPoolExecutor(READERS) as readers:
+        ahead = deque(readers.submit(read, next(order)) for _ in range(READERS))
+        while True:
+            ahead.append(readers.submit(read, next(order)))
+            pictures, classes = zip(*ahead.popleft().result(), strict=True)
+            yield torch.stack(pictures), torch.tensor(classes)

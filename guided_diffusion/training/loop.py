@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from guided_diffusion import storage
-from guided_diffusion.checkpoint import load_state_dict
+from guided_diffusion.checkpoint import check_weights, load_state_dict
 from guided_diffusion.config import TrainingParams, UserError
 from guided_diffusion.respace import Process
 from guided_diffusion.training.data import TrainingImages, endless_batches
@@ -50,7 +50,6 @@ class Trainer:
     ):
         self.device = torch.device(device)
         self.network = network.to(self.device, memory_format=torch.channels_last)
-
         self.objective = objective
         self.params = params
         self.seed = seed
@@ -120,7 +119,7 @@ class Trainer:
 
     def save(self, log_dir: str) -> None:
         """Write a checkpoint; its optimiser file comes last, and so says that it is complete."""
-        files = self._checkpoint_files(self.step)
+        files = self.checkpoint_files(self.step)
         contents = [self.network.state_dict(), *(ema.weights for ema in self.emas)]
         optimizer = self.optimizer.state_dict() | {"timesteps": self.timesteps.state_dict()}
         for name, content in zip(files, [*contents, optimizer], strict=True):
@@ -130,33 +129,48 @@ class Trainer:
     def resume(self, log_dir: str) -> None:
         """Go on from the newest complete checkpoint in log_dir, if there is one.
 
-        Raises UserError if it belongs to another network.
+        Raises UserError if log_dir holds checkpoints, but of another configuration.
         """
         steps = _saved_steps(log_dir)
-        complete = [step for step in steps if self._is_complete(log_dir, step)]
-        if not complete:
+        if not steps:
             return
-        step = max(complete)
-        network, *emas, optimizer = (
-            load_state_dict(f"{log_dir}/{name}") for name in self._checkpoint_files(step)
+        complete = [step for step in steps if not self._missing_files(log_dir, step)]
+        if not complete:
+            raise UserError(
+                f"log_dir {log_dir}: step {steps[-1]} was saved, but without "
+                f"{self._missing_files(log_dir, steps[-1])[0]}: set ema_rate as it was, or choose "
+                "another log_dir to start afresh"
+            )
+        self._load(log_dir, complete[-1])
+
+    def _load(self, log_dir: str, step: int) -> None:
+        *weights_paths, optimizer_path = (
+            f"{log_dir}/{name}" for name in self.checkpoint_files(step)
         )
         try:
-            self.network.load_state_dict(network)
+            for path in weights_paths:
+                check_weights(self.network, path)
+        except UserError as error:
+            raise UserError(f"{error}; to start afresh, choose another log_dir") from error
+        for part, path in zip([self.network, *self.emas], weights_paths, strict=True):
+            part.load_state_dict(load_state_dict(path))
+        optimizer = load_state_dict(optimizer_path)
+        try:
             self.timesteps.load_state_dict(optimizer.pop("timesteps"))
             self.optimizer.load_state_dict(optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
-                f"the checkpoint of step {step} in log_dir {log_dir} is of another configuration: "
-                f"use an empty log_dir to start afresh ({str(error).splitlines()[0]})"
+                f"{optimizer_path}: this is of another configuration: set schedule_sampler and "
+                "diffusion_steps as they were, or choose another log_dir to start afresh"
             ) from error
-        for ema, weights in zip(self.emas, emas, strict=True):
-            ema.load_state_dict(weights)
         self.step = step
 
-    def _is_complete(self, log_dir: str, step: int) -> bool:
-        return all(storage.exists(f"{log_dir}/{n}") for n in self._checkpoint_files(step))
+    def _missing_files(self, log_dir: str, step: int) -> list[str]:
+        names = self.checkpoint_files(step)
+        return [name for name in names if not storage.exists(f"{log_dir}/{name}")]
 
-    def _checkpoint_files(self, step: int) -> list[str]:
+    def checkpoint_files(self, step: int) -> list[str]:
+        """Names of a checkpoint's files: the weights, each average's, the optimiser's state."""
         emas = [f"ema_{ema.rate}_{step:06d}.pt" for ema in self.emas]
         return [f"model{step:06d}.pt", *emas, f"opt{step:06d}.pt"]
 
@@ -169,26 +183,32 @@ def train(
     write_samples: WriteSamples,
     show_progress: bool = True,
 ) -> None:
-    """Train until `total_steps`; the same call again goes on where a killed one stopped."""
+    """Train on from the trainer's step to `total_steps`, with checkpoints and pictures in log_dir.
+
+    Raises UserError if an image cannot be read, or log_dir cannot be written.
+    """
     params = trainer.params
-    trainer.resume(log_dir)
+    _check_writable(log_dir)
     batches = endless_batches(images, params.batch_size, trainer.seed, trainer.step)
-    bar = tqdm(
-        total=params.total_steps, initial=trainer.step, unit="step", disable=not show_progress
-    )
     recent: list[float] = []
-    while trainer.step < params.total_steps:
-        recent.append(trainer.train_step(*next(batches)))
-        bar.update()
-        if trainer.step % params.log_interval == 0:
-            bar.set_postfix(loss=f"{np.mean(recent):.4f}")
-            recent.clear()
-        is_last = trainer.step == params.total_steps
-        if trainer.step % params.save_interval == 0 or is_last:
-            trainer.save(log_dir)
-        if params.sample_interval and (trainer.step % params.sample_interval == 0 or is_last):
-            write_samples(trainer.emas[0].weights, f"{log_dir}/samples{trainer.step:06d}.png")
-    bar.close()
+    with tqdm(
+        total=params.total_steps, initial=trainer.step, unit="step", disable=not show_progress
+    ) as bar:
+        while trainer.step < params.total_steps:
+            recent.append(trainer.train_step(*next(batches)))
+            bar.update()
+            if trainer.step % params.log_interval == 0:
+                bar.set_postfix(loss=f"{np.mean(recent):.4f}")
+                recent.clear()
+            # The picture first: a run killed in between draws it again.
+            if params.sample_interval and _is_due(trainer, params.sample_interval):
+                write_samples(trainer.emas[0].weights, f"{log_dir}/samples{trainer.step:06d}.png")
+            if _is_due(trainer, params.save_interval):
+                trainer.save(log_dir)
+
+
+def _is_due(trainer: Trainer, interval: int) -> bool:
+    return trainer.step % interval == 0 or trainer.step == trainer.params.total_steps
 
 
 def learning_rate(params: TrainingParams, step: int) -> float:
@@ -206,7 +226,19 @@ def _step_seed(seed: int, step: int) -> int:
 
 
 def _saved_steps(log_dir: str) -> list[int]:
+    """Steps, ascending, whose optimiser file is in log_dir itself."""
     if not storage.exists(log_dir):
         return []
-    names = [Path(path).name for path in storage.list_files(log_dir)]
-    return [int(match[1]) for name in names if (match := re.fullmatch(r"opt(\d{6,})\.pt", name))]
+    paths = [Path(path) for path in storage.list_files(log_dir)]
+    names = [path.name for path in paths if path.parent == Path(log_dir)]
+    matches = [re.fullmatch(r"opt(\d{6,})\.pt", name) for name in names]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _check_writable(log_dir: str) -> None:
+    try:
+        storage.check_writable(log_dir)
+    except OSError as error:
+        raise UserError(
+            f"log_dir: cannot write in {log_dir}: {error.strerror or error}; choose another folder"
+        ) from error

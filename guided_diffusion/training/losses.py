@@ -72,9 +72,12 @@ def variational_bound(
         p.mean,
         p.log_variance,
     )
-    nll = -discretized_gaussian_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
-    nats = torch.where(t == 0, _mean_over_pixels(nll), _mean_over_pixels(kl))
-    return nats / math.log(2)
+    # Where the likelihood does not count, it is that of x_0 itself: far from it, torch's gradient
+    # is infinite, and times 0 not a number.
+    is_first = (t == 0).view(-1, 1, 1, 1)
+    mean = torch.where(is_first, p.mean, x0)
+    nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * p.log_variance)
+    return _mean_over_pixels(torch.where(is_first, nll, kl)) / math.log(2)
 
 
 def gaussian_kl(
@@ -163,7 +166,9 @@ class LossSecondMomentTimesteps:
         return {"losses": self.losses, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.losses, self.seen = state["losses"], state["seen"]
+        """Raises RuntimeError if they are of another number of steps."""
+        self.losses.copy_(state["losses"])
+        self.seen.copy_(state["seen"])
 
 
 TIMESTEP_SAMPLERS = {
