@@ -9,7 +9,7 @@ from guided_diffusion.config import Config, UserError, load_config
 EXAMPLES = """examples:
   python test.py --conf_path confs/demo.yml
   python test.py --conf_path confs/face_example.yml --dry-run
-  python test.py --conf_path confs/face_example.yml --set seed=7 --set data.eval.face.max_len=2
+  python test.py --conf_path confs/face_example.yml --set seed=7 --set paste_known=true
   python test.py --conf_path confs/face_example.yml --set schedule_jump_params.jump_n_sample=5
 """
 
@@ -23,7 +23,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; what is finished is written", file=sys.stderr)
+        print("stopped; the images that were finished are written", file=sys.stderr)
         return 130
     return 0
 
@@ -32,16 +32,20 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--conf_path", required=True, help="a YAML file, see confs/")
+    parser.add_argument(
+        "--conf_path", required=True, metavar="FILE", help="a YAML file, such as those in confs/"
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a key of the config (a dotted path and a YAML value); repeatable",
+        help="use this value instead of the file's; KEY is a dotted path; repeatable",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and print the plan, no sampling"
+        "--dry-run",
+        action="store_true",
+        help="check everything and print the plan, but sample and write nothing",
     )
     return parser.parse_args()
 
@@ -59,12 +63,13 @@ def run(config: Config, dry_run: bool) -> None:
     plan = runner.make_plan(config, times)
     if dry_run:
         factory.check_checkpoints(config)
-        print(f"{plan.describe(device)}\neverything is in order; nothing was sampled (--dry-run)")
+        print(plan.describe(device))
+        print("everything is in order; nothing was sampled or written (--dry-run)")
         return
     inpainter = factory.build_inpainter(plan.config, times)
     print(plan.describe(device), flush=True)
     runner.run(plan, inpainter)
-    print(f"results: {plan.dataset.inpainted_dir}")
+    print(f"results: {plan.dataset.inpainted_dir} (settings and times: {plan.record_path})")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from guided_diffusion import storage
-from guided_diffusion.config import UserError
+from guided_diffusion.config import CHANNEL_MULT_BY_IMAGE_SIZE, UserError
 
 # What `download.sh` calls the published files.
 DOWNLOADS = {
@@ -23,6 +23,7 @@ DOWNLOADS = {
 
 Network = TypeVar("Network", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
+Features = dict[str, str | None]  # config key -> its value; None: the shapes do not tell
 
 
 def load_weights(network: Network, path: str) -> Network:
@@ -48,43 +49,81 @@ def load_state_dict(path: str) -> dict[str, Any]:
     Raises UserError if the file is missing, damaged, or holds more than plain data and tensors.
     """
     try:
-        if not storage.exists(path):
-            raise UserError(_missing_message(path))
-        if storage.is_remote(path):
-            with storage.open_binary(path) as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-        # Files of torch before 1.6 are no zip archives, and cannot be mapped.
-        is_zip = zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: this is no plain checkpoint: it is damaged, or it holds objects that could "
-            "run code when loaded (nothing was run); use a file that holds tensors alone"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path}: cannot read this checkpoint: {reason}; if it was downloaded, delete it and "
-            "fetch it again"
-        ) from error
+        return _load(path)
+    except FileNotFoundError as error:
+        raise UserError(_missing_message(path)) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this checkpoint: {_first_line(error)}") from error
+    except Exception as error:  # torch reports damaged files by many unrelated types
+        raise UserError(f"{path}: {_diagnosis(path, error)}; {_remedy(path)}") from error
+
+
+# ---- Reading ---------------------------------------------------------------------------------
+
+
+def _load(path: str) -> Any:
+    if not storage.exists(path):
+        raise FileNotFoundError(path)
+    if storage.is_remote(path):
+        with storage.open_binary(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    # Files of torch before 1.6 are no zip archives, and cannot be mapped.
+    is_zip = zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def _missing_message(path: str) -> str:
-    name = PurePath(path).name
-    fetch = f"fetch it: bash download.sh {DOWNLOADS[name]}" if name in DOWNLOADS else ""
     return (
-        f"{path}: no such checkpoint; {fetch or 'check the path'}. To see the program work "
-        "without any download: python test.py --conf_path confs/demo.yml"
+        f"{path}: no such checkpoint; {_fetch_command(path) or 'check the path'}. To see the "
+        "program work without any download: python test.py --conf_path confs/demo.yml"
     )
+
+
+def _fetch_command(path: str) -> str:
+    name = PurePath(path).name
+    return f"fetch it: bash download.sh {DOWNLOADS[name]}" if name in DOWNLOADS else ""
+
+
+def _diagnosis(path: str, error: Exception) -> str:
+    """What is wrong with a file that torch could not load."""
+    with storage.open_binary(path) as file:
+        start = file.read(4)
+        ends_early = start == _ZIP and not zipfile.is_zipfile(file)
+    if not start:
+        return "the file is empty"
+    if ends_early:
+        return "the file is incomplete, its end is missing"
+    if start != _ZIP and not start.startswith(_PICKLE):
+        return "this is no checkpoint, but a file of another kind, such as text or a web page"
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "the file is damaged, or it holds objects that could run code when loaded (nothing "
+            "was run)"
+        )
+    return f"the file is damaged: {_first_line(error)}"
+
+
+_ZIP, _PICKLE = b"PK\3\4", b"\x80"  # how files begin that torch.save writes, and wrote until 1.6
+
+
+def _remedy(path: str) -> str:
+    if fetch := _fetch_command(path):
+        return f"delete it and {fetch}"
+    return "fetch it again if you downloaded it, or save the network's state_dict() alone"
+
+
+def _first_line(error: Exception) -> str:
+    text = (getattr(error, "strerror", None) or str(error)).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+# ---- Comparing -------------------------------------------------------------------------------
 
 
 def _matching_state_dict(network: nn.Module, path: str) -> dict[str, torch.Tensor]:
     state_dict = load_state_dict(path)
-    if not isinstance(state_dict, Mapping) or not all(map(torch.is_tensor, state_dict.values())):
-        raise UserError(
-            f"{path}: not a plain state dict (a map of names to tensors); if it is a training "
-            "checkpoint, save the network's or its moving average's state_dict() alone"
-        )
+    if not _is_state_dict(state_dict):
+        raise UserError(f"{path}: {_no_state_dict_message(state_dict)}")
     found = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     wanted = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     if found != wanted:
@@ -97,113 +136,157 @@ def _in_fp32(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor.float() for key, tensor in state_dict.items()}
 
 
+def _is_state_dict(contents: Any) -> bool:
+    return isinstance(contents, Mapping) and all(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in contents.items()
+    )
+
+
+def _no_state_dict_message(contents: Any) -> str:
+    parts = contents.items() if isinstance(contents, Mapping) else ()
+    inside = [key for key, value in parts if _is_state_dict(value) and value]
+    remedy = (
+        f"there is one inside, under {inside[0]!r}: save that alone"
+        if inside
+        else "save the network's state_dict() alone"
+    )
+    return f"not a plain state dict, which is a map of names to tensors; {remedy}"
+
+
 def _difference_message(wanted: Shapes, found: Shapes) -> str:
-    """What differs, and the config keys that explain it, in one line."""
+    """Why a checkpoint does not fit, in the config's terms, and what differs; one line."""
     missing = [key for key in wanted if key not in found]
-    unexpected = [key for key in found if key not in wanted]
+    unknown = [key for key in found if key not in wanted]
     misshaped = [key for key in wanted if key in found and wanted[key] != found[key]]
-    parts = []
+    differences = []
     if missing:
-        parts.append(f"{len(missing)} weights are missing (first {missing[0]})")
-    if unexpected:
-        parts.append(f"{len(unexpected)} are not known (first {unexpected[0]})")
+        differences.append(f"{len(missing)} missing, first {missing[0]}")
+    if unknown:
+        differences.append(f"{len(unknown)} unknown, first {unknown[0]}")
     if misshaped:
         key = misshaped[0]
-        parts.append(
-            f"{len(misshaped)} have another shape (first {key}: {list(found[key])} in the file, "
-            f"{list(wanted[key])} by the config)"
+        differences.append(
+            f"{len(misshaped)} of another shape, first {key}, {list(found[key])} in the file and "
+            f"{list(wanted[key])} by the config"
         )
-    reasons = list(dict.fromkeys(_explanations(wanted, found)))
-    return f"the checkpoint does not fit the config: {', '.join(parts)}; {'; '.join(reasons)}"
+    reasons = "; ".join(_explanations(wanted, found))
+    return f"the checkpoint does not fit the config: {reasons} (weights: {'; '.join(differences)})"
 
 
 def _explanations(wanted: Shapes, found: Shapes) -> Iterator[str]:
-    """The config's keys that account for the differences."""
-    if "time_embed.0.weight" not in found:
-        nested = next((key for key in found if key.endswith("time_embed.0.weight")), None)
-        prefix = nested and nested.removesuffix("time_embed.0.weight")
+    """What accounts for the differences, and what to do about it."""
+    if not _size(found, _TIME_EMBED, 1):
+        prefix = _prefix(found)
         yield (
             f"its names begin with {prefix!r}: save the state_dict() of the network inside"
             if prefix
-            else "it is no network of this family: it has no time_embed"
+            else f"it is no network of this family, which would have {_TIME_EMBED}"
         )
         return
     if _is_denoiser(wanted) != _is_denoiser(found):
-        kind, key = ("denoiser", "model_path") if _is_denoiser(found) else _CLASSIFIER
-        yield f"it is a {kind}, which belongs in {key}"
+        yield (
+            "it is a denoiser, which belongs in model_path"
+            if _is_denoiser(found)
+            else "it is a classifier, which belongs in classifier_path"
+        )
         return
     read_features = _denoiser_features if _is_denoiser(wanted) else _classifier_features
     ours, theirs = read_features(wanted), read_features(found)
-    differing = [key for key in ours if ours[key] != theirs[key]]
-    for key in differing:
-        yield f"{key}: {_said(theirs[key])} in the file, {_said(ours[key])} in the config"
-    if not differing:
-        yield f"check {', '.join(ours)}"
+    explained = False
+    for key in ours:
+        if None not in (ours[key], theirs[key]) and ours[key] != theirs[key]:
+            yield f"{key}: {theirs[key]} in the file, {ours[key]} in the config"
+            explained = True
+    if not explained:
+        yield "no key of the config explains it, so the file is incomplete or for another program"
 
 
-_CLASSIFIER = ("classifier", "classifier_path")
+_TIME_EMBED = "time_embed.0.weight"  # every network of this family has it, of width num_channels
+
+
+def _prefix(shapes: Shapes) -> str:
+    """What a wrapper, such as DataParallel, put before every name."""
+    nested = next((key for key in shapes if key.endswith(f".{_TIME_EMBED}")), "")
+    return nested.removesuffix(_TIME_EMBED)
 
 
 def _is_denoiser(shapes: Shapes) -> bool:
     return any(key.startswith("output_blocks.") for key in shapes)
 
 
-def _said(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return repr(",".join(f"{item:g}" for item in value))
-    return "unknown" if value is None else str(value)
-
-
-def _denoiser_features(shapes: Shapes) -> dict[str, Any]:
+def _denoiser_features(shapes: Shapes) -> Features:
     """What the shapes of a denoiser tell of the config that it was made with."""
-    channels = shapes["time_embed.0.weight"][1]
+    channels = _size(shapes, _TIME_EMBED, 1)
     upsampler = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight")
     levels = 1 + sum(upsampler.fullmatch(key) is not None for key in shapes)
-    per_level = _count_blocks(shapes) // levels
+    per_level = _count_blocks(shapes) // levels  # residual ones, and the stem or a downsampling one
     firsts = [f"input_blocks.{level * per_level + 1}" for level in range(levels)]
-    widths = [shapes.get(f"{block}.0.out_layers.3.weight", (0,))[0] for block in firsts]
+    widths = [_size(shapes, f"{block}.0.out_layers.3.weight") for block in firsts]
     attended = [level for level, block in enumerate(firsts) if f"{block}.1.qkv.weight" in shapes]
     return {
-        "num_channels": channels,
-        "channel_mult": [width / channels for width in widths],
-        "num_res_blocks": per_level - 1,
-        "attention_resolutions (as image_size divided by)": [2**level for level in attended],
+        "num_channels": str(channels),
+        "channel_mult": ",".join(f"{width / channels:g}" for width in widths),
+        "num_res_blocks": str(max(per_level - 1, 0)),
+        # The file does not tell what image_size is.
+        "attention_resolutions": ",".join(f"image_size/{2**level}" for level in attended) or "none",
         "resblock_updown": _resblock_updown(shapes),
         "use_scale_shift_norm": _use_scale_shift_norm(shapes),
-        "learn_sigma": shapes.get("out.2.weight", (3,))[0] == 6,
-        "class_cond": "label_emb.weight" in shapes,
+        "learn_sigma": _yaml(_size(shapes, "out.2.weight") == 6),
+        "class_cond": _class_cond(shapes),
     }
 
 
-def _classifier_features(shapes: Shapes) -> dict[str, Any]:
+def _classifier_features(shapes: Shapes) -> Features:
     """What the shapes of a classifier tell of the config that it was made with."""
-    attended = [key for key in shapes if re.fullmatch(r"input_blocks\.\d+\.1\.qkv\.weight", key)]
-    _, tokens = shapes.get("out.2.positional_embedding", (0, None))
+    attention = re.compile(r"input_blocks\.([0-9]{1,3})\.1\.qkv\.weight")
+    attended = sorted(int(match[1]) for match in map(attention.fullmatch, shapes) if match)
+    # All residual blocks of a level attend, or none; the downsampling one after them never does.
+    depth = next((i for i, block in enumerate(attended) if block != attended[0] + i), len(attended))
+    image_size = _IMAGE_SIZES.get(_count_blocks(shapes) // (depth + 1)) if depth else None
+    levels = sorted({(block - 1) // (depth + 1) for block in attended})
+    sides = [str(image_size // 2**level) for level in levels] if image_size else []
     return {
-        "classifier_width": shapes["time_embed.0.weight"][1],
-        "classifier_depth (as blocks on the way down)": _count_blocks(shapes),
-        "classifier_attention_resolutions (as blocks with attention)": len(attended),
+        "image_size": str(image_size) if image_size else None,
+        "classifier_width": str(_size(shapes, _TIME_EMBED, 1)),
+        "classifier_depth": str(depth) if depth else None,
+        "classifier_attention_resolutions": ",".join(sides) or (None if attended else "none"),
         "classifier_resblock_updown": _resblock_updown(shapes),
         "classifier_use_scale_shift_norm": _use_scale_shift_norm(shapes),
         "classifier_pool": _pool(shapes),
-        "image_size (as pixels of the pool)": tokens and tokens - 1,
     }
+
+
+# A classifier's levels follow from its image_size, so they tell it.
+_IMAGE_SIZES = {len(mult): size for size, mult in CHANNEL_MULT_BY_IMAGE_SIZE.items()}
 
 
 def _count_blocks(shapes: Shapes) -> int:
     return len({key.split(".")[1] for key in shapes if key.startswith("input_blocks.")})
 
 
-def _resblock_updown(shapes: Shapes) -> bool:
-    return not any(key.endswith(".op.weight") for key in shapes)
+def _size(shapes: Shapes, key: str, dim: int = 0) -> int:
+    """A side of a weight; 0 where there is no such weight or side."""
+    shape = shapes.get(key, ())
+    return shape[dim] if dim < len(shape) else 0
 
 
-def _use_scale_shift_norm(shapes: Shapes) -> bool:
+def _yaml(flag: bool) -> str:
+    return str(flag).lower()
+
+
+def _resblock_updown(shapes: Shapes) -> str:
+    return _yaml(not any(key.endswith(".op.weight") for key in shapes))
+
+
+def _use_scale_shift_norm(shapes: Shapes) -> str:
     block = "middle_block.0"
-    embedding = shapes.get(f"{block}.emb_layers.1.weight", (0,))[0]
-    return embedding == 2 * shapes.get(f"{block}.out_layers.3.weight", (0,))[0]
+    width = _size(shapes, f"{block}.out_layers.3.weight")
+    return _yaml(_size(shapes, f"{block}.emb_layers.1.weight") == 2 * width)
+
+
+def _class_cond(shapes: Shapes) -> str:
+    classes = _size(shapes, "label_emb.weight")
+    return f"true ({classes} classes)" if classes else "false"
 
 
 def _pool(shapes: Shapes) -> str:

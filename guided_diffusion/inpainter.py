@@ -44,11 +44,19 @@ class Inpainter:
 
     @overload
     def __call__(
-        self, images: torch.Tensor, keep_masks: torch.Tensor, seed: int = 0, progress=None
+        self,
+        images: torch.Tensor,
+        keep_masks: torch.Tensor,
+        seed: int = 0,
+        progress: Progress | None = None,
     ) -> torch.Tensor: ...
     @overload
     def __call__(
-        self, images: Image.Image, keep_masks: Image.Image, seed: int = 0, progress=None
+        self,
+        images: Image.Image,
+        keep_masks: Image.Image,
+        seed: int = 0,
+        progress: Progress | None = None,
     ) -> Image.Image: ...
     @overload
     def __call__(
@@ -56,16 +64,16 @@ class Inpainter:
         images: Sequence[Image.Image],
         keep_masks: Sequence[Image.Image],
         seed: int = 0,
-        progress=None,
+        progress: Progress | None = None,
     ) -> list[Image.Image]: ...
     def __call__(self, images, keep_masks, seed: int = 0, progress: Progress | None = None):
         """Inpaint a batch; image i has the random stream of seed + i.
 
         images: (B, 3, S, S) in [-1, 1] and keep_masks (B, 1 or 3, S, S) in [0, 1], 1 = keep,
         S = image_size; or a PIL image and its mask of any size, or lists of them, which are
-        resized and cropped like files. progress(done, total, x0): called after each evaluation.
-        Returns the same kind; tensors on the CPU. Raises ValueError for shapes or values that
-        do not fit.
+        resized and cropped like files. progress(done, total, x0): called after each evaluation,
+        x0 as (B, 3, S, S) on the device. Returns the same kind; tensors as float32 on the CPU.
+        Raises ValueError for kinds, shapes or values that do not fit.
         """
         if isinstance(images, torch.Tensor):
             return self._inpaint_tensors(images, keep_masks, seed, progress)
@@ -108,9 +116,9 @@ class Inpainter:
         self, images: torch.Tensor, keep_masks: torch.Tensor, seed: int, progress: Progress | None
     ) -> torch.Tensor:
         _check_tensors(images, keep_masks, self.image_size)
-        seeds = range(seed, seed + len(images))
-        x = self.sample(images, keep_masks, seeds, progress)
-        return torch.where(keep_masks.cpu() == 1, images.cpu(), x) if self.paste_known else x
+        gt, keep_mask = images.float(), keep_masks.float()
+        x = self.sample(gt, keep_mask, range(seed, seed + len(gt)), progress)
+        return torch.where(keep_mask.cpu() == 1, gt.cpu(), x) if self.paste_known else x
 
     def _inpaint_pictures(
         self,
@@ -119,8 +127,7 @@ class Inpainter:
         seed: int,
         progress: Progress | None,
     ) -> list[Image.Image]:
-        if len(images) != len(keep_masks):
-            raise ValueError(f"{len(images)} images, but {len(keep_masks)} keep masks")
+        _check_pictures(images, keep_masks)
         originals = [prepare(image, self.image_size) for image in images]
         masks = torch.stack([mask_to_tensor(prepare(m, self.image_size)) for m in keep_masks])
         gt = torch.stack([image_to_tensor(original) for original in originals])
@@ -142,13 +149,26 @@ class _Counter:
 
 
 def _check_tensors(images: torch.Tensor, keep_masks: torch.Tensor, size: int) -> None:
-    wanted = (len(images), 3, size, size)
-    if images.shape != wanted:
-        raise ValueError(f"images are {tuple(images.shape)}, not (B, 3, {size}, {size})")
-    if keep_masks.shape not in (wanted, (len(images), 1, size, size)):
+    if not isinstance(keep_masks, torch.Tensor):
+        raise ValueError("images are a tensor, so the keep masks must be one too")
+    shape = images.shape
+    if shape[1:] != (3, size, size) or shape[0] == 0:
+        raise ValueError(f"images are {tuple(shape)}, not (B, 3, {size}, {size})")
+    if keep_masks.shape not in (shape, (shape[0], 1, size, size)):
         raise ValueError(
-            f"keep masks are {tuple(keep_masks.shape)}, not ({len(images)}, 1 or 3, {size}, {size})"
+            f"keep masks are {tuple(keep_masks.shape)}, not ({shape[0]}, 1 or 3, {size}, {size})"
         )
     for name, tensor, low, high in (("images", images, -1, 1), ("keep masks", keep_masks, 0, 1)):
         if not tensor.is_floating_point() or not ((tensor >= low) & (tensor <= high)).all():
             raise ValueError(f"{name} must be float numbers in [{low}, {high}]")
+
+
+def _check_pictures(images: Sequence[Image.Image], keep_masks: Sequence[Image.Image]) -> None:
+    for name, pictures in (("images", images), ("keep masks", keep_masks)):
+        is_list = isinstance(pictures, Sequence)
+        if not (is_list and all(isinstance(picture, Image.Image) for picture in pictures)):
+            raise ValueError(f"{name} must be a tensor, a PIL image, or a list of PIL images")
+    if not images or len(images) != len(keep_masks):
+        raise ValueError(
+            f"{len(images)} images and {len(keep_masks)} keep masks; give each image its mask"
+        )

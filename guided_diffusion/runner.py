@@ -50,14 +50,25 @@ class Plan:
     def images(self) -> int:
         return sum(map(len, self.batches))
 
+    @property
+    def total_evaluations(self) -> int:
+        """One for each image of a batch."""
+        return self.images * self.evaluations
+
+    @property
+    def record_path(self) -> str:
+        """Where run.json goes: beside the folder of the results."""
+        return os.path.join(os.path.dirname(self.dataset.inpainted_dir.rstrip("/")), "run.json")
+
     def describe(self, device: torch.device) -> str:
         """A few lines for people."""
-        d, evaluations = self.dataset, self.images * self.evaluations
+        d = self.dataset
         return (
-            f"{self.config.name}: {self.images} image(s) of {d.gt_path}, masks of {d.mask_path}, "
-            f"batch size {d.batch_size}\n"
-            f"{self.evaluations:,} network evaluations an image, {evaluations:,} in all\n"
-            f"seed {self.seed}, device {device}"
+            f"{self.config.name}: {_counted(self.images, 'image')} from {d.gt_path}, "
+            f"masks from {d.mask_path}, batch size {d.batch_size}\n"
+            f"{_counted(self.evaluations, 'network evaluation')} per image, "
+            f"{self.total_evaluations:,} in all\n"
+            f"seed {self.seed} (to repeat this run: --set seed={self.seed}), device {device}"
         )
 
 
@@ -135,7 +146,17 @@ def _write_outputs(d: DatasetConfig, pair: Pair, example: Example, result: np.nd
     if d.gt_dir is not None:
         pictures[d.gt_dir] = _picture(gt)
     for folder, picture in pictures.items():
-        storage.write_atomically(f"{folder}/{pair.name}", encode_png(picture))
+        _write(f"{folder}/{pair.name}", encode_png(picture))
+
+
+def _write(path: str, data: bytes) -> None:
+    """Raises UserError, for the disk may be full by now, or a folder be in the way."""
+    try:
+        storage.write_atomically(path, data)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; what was written before is complete"
+        ) from error
 
 
 def _picture(x: torch.Tensor) -> np.ndarray:
@@ -167,7 +188,7 @@ class _RunRecord:
     """run.json: what was run, on what, and how long it took; complete once `finished` is true."""
 
     def __init__(self, plan: Plan, device: torch.device):
-        self.path = os.path.join(os.path.dirname(plan.dataset.inpainted_dir), "run.json")
+        self.path = plan.record_path
         self.seconds: dict[str, float] = {}
         self.content: dict[str, Any] = {
             "finished": False,
@@ -177,16 +198,16 @@ class _RunRecord:
             "versions": _versions(),
             "images": plan.images,
             "evaluations_per_image": plan.evaluations,
-            "evaluations": plan.images * plan.evaluations,
+            "evaluations": plan.total_evaluations,
             "seconds_per_image": self.seconds,
         }
         # Reading a large checkpoint again takes seconds, which the sampling need not wait for.
         paths = [plan.config.model_path]
         if plan.config.classifier and plan.config.classifier.path:
             paths.append(plan.config.classifier.path)
-        with ThreadPoolExecutor(1) as pool:
-            self.checkpoints = [pool.submit(_fingerprint, path) for path in paths]
-            pool.shutdown(wait=False)
+        pool = ThreadPoolExecutor(1)
+        self.checkpoints = [pool.submit(_fingerprint, path) for path in paths]
+        pool.shutdown(wait=False)
 
     def add(self, batch: Sequence[Pair], seconds: float) -> None:
         """Note that a batch is written; its images share the time that it took."""
@@ -199,7 +220,7 @@ class _RunRecord:
 
     def write(self) -> None:
         text = json.dumps(self.content, indent=2, ensure_ascii=False)
-        storage.write_atomically(self.path, f"{text}\n".encode())
+        _write(self.path, f"{text}\n".encode())
 
 
 def _fingerprint(path: str) -> dict[str, Any]:
@@ -220,19 +241,25 @@ def _versions() -> dict[str, str]:
 class _ProgressReport:
     """One bar over all evaluations of a run, and an early word on how long it will take."""
 
-    warm_up = 1  # evaluations that are not timed: the first is always slow
-    timed = 4  # evaluations that the estimate is made from
+    warm_up = 1  # calls of the network that are not timed: the first is always slow
+    timed = 4  # calls that the estimate is made from
+    bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
     def __init__(self, plan: Plan):
-        self.plan = plan
-        self.total = plan.images * plan.evaluations
-        self.images_started = 0
-        self.batch_size = 0
-        self.evaluations = 0
-        self.timed_since = 0.0
+        self.show_bar = plan.config.show_progress
+        self.images = plan.images
+        self.total = plan.total_evaluations
+        self.images_started = self.batch_size = 0
+        self.calls = self.done = 0  # a call is one evaluation for each image of the batch
+        self.timed_from = (0.0, 0)  # (seconds, evaluations done)
 
     def __enter__(self) -> "_ProgressReport":
-        self.bar = tqdm(total=self.total, unit="eval", disable=not self.plan.config.show_progress)
+        self.bar = tqdm(
+            total=self.total,
+            unit=" evaluations",
+            disable=not self.show_bar,
+            bar_format=self.bar_format,
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -242,26 +269,40 @@ class _ProgressReport:
         first, self.batch_size = self.images_started + 1, len(batch)
         self.images_started += len(batch)
         images = f"{first}" if len(batch) == 1 else f"{first}-{self.images_started}"
-        self.bar.set_description(f"image {images} of {self.plan.images}")
+        self.bar.set_description(f"image {images} of {self.images}")
 
     def evaluation_done(self, done: int, total: int, pred_x0: torch.Tensor) -> None:
-        """An evaluation of a batch of n images counts n times."""
         self.bar.update(self.batch_size)
-        self.evaluations += 1
-        if self.evaluations == self.warm_up:
-            self.timed_since = time.monotonic()
-        if self.evaluations == self.warm_up + self.timed:
-            self._announce()
+        self.calls += 1
+        self.done += self.batch_size
+        if self.calls == self.warm_up:
+            self.timed_from = (_now(pred_x0), self.done)
+        elif self.calls == self.warm_up + self.timed and self.done < self.total:
+            self._announce(_now(pred_x0))
 
-    def _announce(self) -> None:
-        seconds = (time.monotonic() - self.timed_since) / self.timed / self.batch_size
-        left = seconds * (self.total - self.evaluations * self.batch_size)
-        tqdm.write(f"about {_duration(left)} left ({seconds:.2g} s an evaluation)")
+    def _announce(self, now: float) -> None:
+        start, done_before = self.timed_from
+        seconds = (now - start) / (self.done - done_before)
+        left = _duration(seconds * (self.total - self.done))
+        with tqdm.external_write_mode():
+            print(f"about {left} left ({_duration(seconds)} per evaluation)", flush=True)
+
+
+def _now(pred_x0: torch.Tensor) -> float:
+    """The time at which this tensor is there; until it is asked for, a GPU is still at work."""
+    pred_x0[0, 0, 0, 0].item()
+    return time.monotonic()
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 100:
         return f"{seconds:.0f} s"
-    if seconds < 3600:
+    if seconds < 6000:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,429 @@
+"""Checkpoints: what loads, what is refused, and whether the reason given is the true one."""
+
+import os
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guided_diffusion.checkpoint import (
+    DOWNLOADS,
+    _difference_message,
+    check_weights,
+    load_state_dict,
+    load_weights,
+)
+from guided_diffusion.config import ClassifierConfig, NetworkConfig, UserError, load_config
+from guided_diffusion.factory import classifier_params, unet_params
+from guided_diffusion.unet import Classifier, UNet
+
+ROOT = Path(__file__).parents[1]
+TINY_FILE = ROOT / "tests" / "golden" / "tiny32.pt"
+TINY = NetworkConfig(  # what TINY_FILE holds
+    image_size=32,
+    num_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    num_head_channels=16,
+    attention_resolutions=(16,),
+    resblock_updown=True,
+    learn_sigma=True,
+)
+GUIDE = ClassifierConfig(width=64, depth=1, attention_resolutions=(16, 8))
+GUIDE_IMAGE_SIZE = 64
+
+
+def denoiser(network: NetworkConfig = TINY) -> UNet:
+    with torch.device("meta"):
+        return UNet(unet_params(network))
+
+
+def classifier(config: ClassifierConfig = GUIDE, image_size: int = GUIDE_IMAGE_SIZE) -> Classifier:
+    with torch.device("meta"):
+        return Classifier(classifier_params(config, image_size))
+
+
+def shapes_of(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(weight.shape) for key, weight in network.state_dict().items()}
+
+
+def save_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+    """A small file with tensors of these shapes: each is one zero, repeated."""
+    torch.save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, path)
+    return str(path)
+
+
+def refusal(network: torch.nn.Module, path: Path | str) -> str:
+    """The one line with which a checkpoint is refused, both by a check and on loading."""
+    with pytest.raises(UserError) as on_check:
+        check_weights(network, str(path))
+    with pytest.raises(UserError) as on_load:
+        load_weights(network, str(path))
+    message = str(on_check.value)
+    assert message == str(on_load.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, torch.Tensor]:
+    return torch.load(TINY_FILE, weights_only=True)
+
+
+# ---- What loads ----
+
+
+def assert_loaded(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    check_weights(denoiser(), str(path))
+    state_dict = load_weights(denoiser(), str(path)).state_dict()
+    assert list(state_dict) == list(expected)
+    for key, weight in state_dict.items():
+        assert weight.dtype == torch.float32 and weight.device.type == "cpu"
+        assert torch.equal(weight, expected[key].float()), key
+
+
+def test_a_checkpoint_loads_to_the_bit(tiny):
+    assert_loaded(TINY_FILE, tiny)
+
+
+def test_files_of_torch_before_1_6_load(tmp_path, tiny):
+    torch.save(tiny, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert_loaded(tmp_path / "old.pt", tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_computed_with_in_fp32(tmp_path, tiny, dtype):
+    stored = {key: weight.to(dtype) for key, weight in tiny.items()}
+    torch.save(stored, tmp_path / "other.pt")
+    assert_loaded(tmp_path / "other.pt", stored)
+
+
+def test_the_order_of_the_names_does_not_matter(tmp_path, tiny):
+    torch.save(dict(reversed(tiny.items())), tmp_path / "reversed.pt")
+    assert_loaded(tmp_path / "reversed.pt", tiny)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux to see the mapping")
+def test_weights_stay_in_the_mapped_file(tmp_path, tiny):
+    path = tmp_path / "mapped.pt"
+    torch.save(tiny, path)
+    network = load_weights(denoiser(), str(path))
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    mapped = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    for key, weight in network.state_dict().items():
+        assert any(start <= weight.data_ptr() < end for start, end in mapped), key
+
+
+# ---- No file, or not a good one ----
+
+
+@pytest.mark.parametrize("name", sorted(DOWNLOADS))
+def test_a_missing_published_file_says_how_to_fetch_it(tmp_path, name):
+    message = refusal(denoiser(), tmp_path / name)
+    assert f"no such checkpoint; fetch it: bash download.sh {DOWNLOADS[name]}." in message
+    assert "python test.py --conf_path confs/demo.yml" in message
+
+
+def test_a_missing_file_of_ones_own_names_the_demo(tmp_path):
+    message = refusal(denoiser(), tmp_path / "mine.pt")
+    assert "no such checkpoint; check the path" in message and "download.sh" not in message
+    assert "python test.py --conf_path confs/demo.yml" in message
+
+
+def test_download_sh_knows_the_names_that_messages_give():
+    script = (ROOT / "download.sh").read_text()
+    for name, argument in DOWNLOADS.items():
+        assert re.search(rf"\b{argument}\b", script) and name in script
+
+
+def test_messages_know_every_published_file_that_a_config_names():
+    published = [
+        path for path in ROOT.glob("confs/*.yml") if path.stem.startswith(("face", "test"))
+    ]
+    assert len(published) == 19
+    for path in published:
+        config = load_config(str(path))
+        paths = [config.model_path] + ([config.classifier.path] if config.classifier else [])
+        assert {Path(p).name for p in paths} <= set(DOWNLOADS)
+
+
+@pytest.mark.parametrize("kept", [-1, -22, -1000, 0.9, 0.5, 1000, 4])
+@pytest.mark.parametrize("name", ["mine.pt", "celeba256_250000.pt"])
+def test_a_download_that_broke_off(tmp_path, name, kept):
+    data = TINY_FILE.read_bytes()
+    end = int(kept * len(data)) if isinstance(kept, float) else kept
+    (tmp_path / name).write_bytes(data[:end])
+    message = refusal(denoiser(), tmp_path / name)
+    assert "the file is incomplete, its end is missing; " in message
+    assert ("delete it and fetch it: bash download.sh celeba" in message) == ("celeba" in name)
+
+
+@pytest.mark.parametrize("end", [1, 10, 15, 100, 5000, 20_000, 1_000_000, -1])
+def test_an_old_file_that_broke_off(tmp_path, tiny, end):
+    path = tmp_path / "old.pt"
+    torch.save(tiny, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:end])
+    assert "the file is damaged" in refusal(denoiser(), path)
+
+
+def test_a_zip_archive_whose_inside_is_damaged(tmp_path):
+    data = bytearray(TINY_FILE.read_bytes())
+    pickled = data.index(b"time_embed.0.weight")
+    data[pickled - 400 : pickled + 400] = b"\xff" * 800
+    (tmp_path / "bad.pt").write_bytes(data)
+    assert "the file is damaged" in refusal(denoiser(), tmp_path / "bad.pt")
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "empty.pt").write_bytes(b"")
+    assert "the file is empty; fetch it again" in refusal(denoiser(), tmp_path / "empty.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["<!DOCTYPE html><html>Quota exceeded</html>", "version https://git-lfs.github.com/spec/v1"],
+)
+def test_text_or_a_web_page(tmp_path, content):
+    (tmp_path / "page.pt").write_text(content)
+    message = refusal(denoiser(), tmp_path / "page.pt")
+    assert (
+        "this is no checkpoint, but a file of another kind, such as text or a web page" in message
+    )
+
+
+def test_a_folder(tmp_path):
+    assert "cannot read this checkpoint: " in refusal(denoiser(), tmp_path)
+
+
+# ---- Code in a file ----
+
+
+class _MakesAFolder:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def _save_pickle(protocol):
+    def save(contents, path):
+        path.write_bytes(pickle.dumps(contents, protocol))
+
+    return save
+
+
+SAVERS = {
+    "zip": torch.save,
+    "legacy": lambda contents, path: torch.save(
+        contents, path, _use_new_zipfile_serialization=False
+    ),
+    "pickle-0": _save_pickle(0),
+    "pickle-2": _save_pickle(2),
+    "pickle-5": _save_pickle(5),
+}
+
+
+@pytest.mark.parametrize("hidden_in_state_dict", [False, True])
+@pytest.mark.parametrize("kind", SAVERS)
+def test_code_in_a_file_is_never_run(tmp_path, kind, hidden_in_state_dict):
+    marker = tmp_path / "it-ran"
+    evil = _MakesAFolder(marker)
+    path = tmp_path / "evil.pt"
+    SAVERS[kind]({"time_embed.0.weight": evil} if hidden_in_state_dict else evil, path)
+    message = refusal(denoiser(), path)
+    assert not marker.exists()
+    if kind != "pickle-0":  # which looks like text
+        assert "it holds objects that could run code when loaded (nothing was run)" in message
+
+
+def test_the_code_above_would_run_if_it_were_let(tmp_path):
+    marker = tmp_path / "it-ran"
+    torch.save(_MakesAFolder(marker), tmp_path / "evil.pt")
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert marker.exists()
+
+
+# ---- A good file of something else ----
+
+
+def test_a_training_checkpoint_says_where_the_weights_are(tmp_path, tiny):
+    torch.save({"epoch": 3, "loss": torch.zeros(2), "state_dict": tiny}, tmp_path / "train.pt")
+    message = refusal(denoiser(), tmp_path / "train.pt")
+    assert "not a plain state dict" in message and "under 'state_dict': save that alone" in message
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [[torch.zeros(1)], torch.zeros(3), {"a": 1}, {0: torch.zeros(1)}, {"a": {}}, None, "text"],
+    ids=repr,
+)
+def test_what_is_no_map_of_names_to_tensors(tmp_path, contents):
+    torch.save(contents, tmp_path / "other.pt")
+    message = refusal(denoiser(), tmp_path / "other.pt")
+    assert (
+        "not a plain state dict" in message and "save the network's state_dict() alone" in message
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "ema.model."])
+def test_a_wrapped_network_is_told_by_its_prefix(tmp_path, prefix):
+    shapes = {prefix + key: shape for key, shape in shapes_of(denoiser()).items()}
+    message = refusal(denoiser(), save_shapes(tmp_path / "wrapped.pt", shapes))
+    assert f"its names begin with {prefix!r}: save the state_dict() of the network" in message
+
+
+@pytest.mark.parametrize("shapes", [{}, {"conv1.weight": (64, 3, 7, 7)}])
+def test_a_network_of_another_family(tmp_path, shapes):
+    message = refusal(denoiser(), save_shapes(tmp_path / "resnet.pt", shapes))
+    assert "it is no network of this family" in message
+
+
+def test_a_denoiser_for_a_classifier_and_the_reverse(tmp_path):
+    path = save_shapes(tmp_path / "classifier.pt", shapes_of(classifier()))
+    assert "it is a classifier, which belongs in classifier_path" in refusal(denoiser(), path)
+    assert "it is a denoiser, which belongs in model_path" in refusal(classifier(), TINY_FILE)
+
+
+DENOISER_CHANGES = [
+    ("num_channels", 64, "64", "32"),
+    ("channel_mult", (1, 1), "1,1", "1,2"),
+    ("channel_mult", (2, 3), "2,3", "1,2"),
+    ("channel_mult", (1, 2, 2), "1,2,2", "1,2"),
+    ("num_res_blocks", 3, "3", "1"),
+    ("attention_resolutions", (32, 16), "image_size/1,image_size/2", "image_size/2"),
+    ("attention_resolutions", (8,), "none", "image_size/2"),
+    ("resblock_updown", False, "false", "true"),
+    ("use_scale_shift_norm", False, "false", "true"),
+    ("learn_sigma", False, "false", "true"),
+    ("class_cond", True, "true (1000 classes)", "false"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "theirs", "ours"), DENOISER_CHANGES)
+def test_the_key_that_differs_is_named_and_no_other(tmp_path, key, value, theirs, ours):
+    other = shapes_of(denoiser(replace(TINY, **{key: value})))
+    message = refusal(denoiser(), save_shapes(tmp_path / "other.pt", other))
+    assert (
+        f"does not fit the config: {key}: {theirs} in the file, {ours} in the config (" in message
+    )
+
+
+CLASSIFIER_CHANGES = [
+    ("classifier_width", 128, "128", "64"),
+    ("classifier_depth", 3, "3", "1"),
+    ("classifier_attention_resolutions", (32, 8), "32,8", "16,8"),
+    ("classifier_attention_resolutions", (1,), "none", "16,8"),
+    ("classifier_resblock_updown", False, "false", "true"),
+    ("classifier_use_scale_shift_norm", False, "false", "true"),
+    ("classifier_pool", "adaptive", "adaptive", "attention"),
+    ("classifier_pool", "spatial", "spatial", "attention"),
+    ("classifier_pool", "spatial_v2", "spatial_v2", "attention"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "theirs", "ours"), CLASSIFIER_CHANGES)
+def test_the_key_of_a_classifier_that_differs_is_named(tmp_path, key, value, theirs, ours):
+    other = classifier(replace(GUIDE, **{key.removeprefix("classifier_"): value}))
+    message = refusal(classifier(), save_shapes(tmp_path / "other.pt", shapes_of(other)))
+    assert (
+        f"does not fit the config: {key}: {theirs} in the file, {ours} in the config (" in message
+    )
+
+
+def test_a_classifier_of_another_image_size(tmp_path):
+    path = save_shapes(tmp_path / "other.pt", shapes_of(classifier(image_size=128)))
+    message = refusal(classifier(), path)
+    assert "does not fit the config: image_size: 128 in the file, 64 in the config (" in message
+
+
+def test_several_keys_that_differ_are_all_named(tmp_path):
+    other = replace(TINY, num_channels=64, num_res_blocks=2, learn_sigma=False)
+    message = refusal(denoiser(), save_shapes(tmp_path / "other.pt", shapes_of(denoiser(other))))
+    for key in ("num_channels: 64", "num_res_blocks: 2", "learn_sigma: false"):
+        assert f"{key} in the file" in message
+    assert message.count(" in the config") == 3
+
+
+def test_another_number_of_classes_is_told(tmp_path):
+    network = denoiser(replace(TINY, class_cond=True))
+    shapes = shapes_of(network) | {"label_emb.weight": (10, 128)}
+    message = refusal(network, save_shapes(tmp_path / "ten.pt", shapes))
+    assert "class_cond: true (10 classes) in the file, true (1000 classes) in the config" in message
+
+
+# ---- One weight is enough ----
+
+
+def test_one_missing_one_unknown_and_one_misshaped_weight_are_each_refused(tmp_path):
+    shapes = shapes_of(denoiser())
+    key = "middle_block.1.norm.bias"
+    without = {name: shape for name, shape in shapes.items() if name != key}
+    cases = {
+        f"(weights: 1 missing, first {key})": without,
+        "(weights: 1 unknown, first extra)": shapes | {"extra": (1,)},
+        f"(weights: 1 of another shape, first {key}, [65] in the file and [64] by the config)": (
+            shapes | {key: (65,)}
+        ),
+        f"(weights: 1 missing, first {key}; 1 unknown, first extra)": without | {"extra": (64,)},
+    }
+    for expected, changed in cases.items():
+        message = refusal(denoiser(), save_shapes(tmp_path / "one.pt", changed))
+        assert message.endswith(expected)
+        assert "no key of the config explains it" in message
+
+
+# ---- No state dict is too odd for a message ----
+
+DENOISER_SHAPES = shapes_of(denoiser(replace(TINY, class_cond=True)))
+CLASSIFIER_SHAPES = shapes_of(classifier())
+NAMES = st.sampled_from(sorted(DENOISER_SHAPES | CLASSIFIER_SHAPES))
+ODD_SHAPES = st.lists(st.integers(0, 70), max_size=4).map(tuple)
+ODD_NAMES = st.one_of(
+    st.text(max_size=20),
+    NAMES.map("module.".__add__),
+    st.from_regex(
+        r"(in|out)put_blocks\.[0-9]{0,5}(\.[012]\.(qkv|conv|op)\.weight)?", fullmatch=True
+    ),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    wanted=st.sampled_from([DENOISER_SHAPES, CLASSIFIER_SHAPES]),
+    found=st.sampled_from([DENOISER_SHAPES, CLASSIFIER_SHAPES, {}]),
+    begin=st.sampled_from(["", "out", "input_blocks", "input_blocks.3", "middle", "time", "label"]),
+    dropped=st.lists(NAMES, max_size=5),
+    reshaped=st.dictionaries(NAMES, ODD_SHAPES, max_size=8),
+    added=st.dictionaries(ODD_NAMES, ODD_SHAPES, max_size=8),
+)
+def test_any_difference_can_be_put_in_words(wanted, found, begin, dropped, reshaped, added):
+    kept = {
+        key: shape
+        for key, shape in found.items()
+        if not (begin and key.startswith(begin)) and key not in dropped
+    }
+    found = kept | reshaped | added
+    message = _difference_message(wanted, found)
+    assert message.startswith("the checkpoint does not fit the config: ")
+
+
+@settings(deadline=None, max_examples=60)
+@given(place=st.integers(0, 30_000), junk=st.binary(min_size=1, max_size=30))
+def test_any_damage_is_a_clear_error_or_leaves_the_file_readable(tmp_path_factory, place, junk):
+    path = tmp_path_factory.mktemp("damaged") / "x.pt"
+    save_shapes(path, dict(list(DENOISER_SHAPES.items())[:5]))
+    data = path.read_bytes()
+    place %= len(data)
+    path.write_bytes(data[:place] + junk + data[place + len(junk) :])
+    try:
+        load_state_dict(str(path))
+    except UserError as error:
+        assert str(error).startswith(f"{path}: ")

@@ -1,0 +1,298 @@
+"""The Python entry: what goes in, what comes out, and that it does what the command does."""
+
+import io
+import runpy
+import subprocess
+import sys
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from guided_diffusion import load_inpainter
+from guided_diffusion.config import UserError
+from guided_diffusion.image_datasets import load_prepared, to_bytes
+from guided_diffusion.inpainter import Inpainter
+
+ROOT = Path(__file__).parents[1]
+CASE = ROOT / "tests" / "golden" / "e2e" / "resample"
+OVERRIDES = (
+    f"model_path={ROOT / 'tests' / 'golden' / 'tiny32.pt'}",
+    "timestep_respacing='4'",
+    "schedule_jump_params={t_T: 4, n_sample: 1, jump_length: 2, jump_n_sample: 2}",
+)
+EVALUATIONS = 6  # times 3 2 1 0, up to 2, and 1 0 again
+SIZE = 32
+
+
+def load(*overrides: str, device: str | None = "cpu") -> Inpainter:
+    return load_inpainter(str(CASE / "conf.yml"), device, (*OVERRIDES, *overrides))
+
+
+@pytest.fixture(scope="module")
+def inpaint() -> Inpainter:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    return [Image.open(path) for path in sorted(CASE.glob("gts/*"))]
+
+
+@pytest.fixture(scope="module")
+def masks() -> list[Image.Image]:
+    return [Image.open(path) for path in sorted(CASE.glob("masks/*"))]
+
+
+@pytest.fixture(scope="module")
+def results(inpaint, pictures, masks) -> list[Image.Image]:
+    """Each picture by itself, image i from seed 7 + i."""
+    pairs = zip(pictures, masks, strict=True)
+    return [inpaint(picture, mask, seed=7 + i) for i, (picture, mask) in enumerate(pairs)]
+
+
+def random_batch(number: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(number, 3, SIZE, SIZE, generator=generator) * 2 - 1
+    keep_masks = torch.rand(number, 1, SIZE, SIZE, generator=generator).round()
+    return images, keep_masks
+
+
+def assert_within_one_level(ours: list[Image.Image], theirs: list[Image.Image]) -> None:
+    differences = np.abs(np.stack(ours).astype(int) - np.stack(theirs).astype(int))
+    assert differences.max() <= 1 and (differences > 0).mean() < 0.001
+
+
+# ---- Kinds ----
+
+
+def test_tensors_in_tensors_out(inpaint):
+    images, keep_masks = random_batch()
+    before = images.clone(), keep_masks.clone()
+    result = inpaint(images, keep_masks, seed=1)
+    assert result.shape == images.shape
+    assert result.dtype == torch.float32 and result.device.type == "cpu"
+    assert result.isfinite().all() and not torch.equal(result[0], result[1])
+    assert torch.equal(images, before[0]) and torch.equal(keep_masks, before[1])
+
+
+def test_masks_of_one_and_of_three_channels_are_the_same(inpaint):
+    images, keep_masks = random_batch()
+    result = inpaint(images, keep_masks, seed=1)
+    assert torch.equal(result, inpaint(images, keep_masks.repeat(1, 3, 1, 1), seed=1))
+
+
+def test_the_channels_of_a_mask_are_kept_apart():
+    inpaint = load("paste_known=true")
+    images, _ = random_batch(1)
+    red_alone = torch.zeros(1, 3, SIZE, SIZE)
+    red_alone[:, 0] = 1
+    result = inpaint(images, red_alone)
+    assert torch.equal(result[:, 0], images[:, 0])
+    assert not torch.isclose(result[:, 1:], images[:, 1:]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_tensors_of_another_precision_are_computed_with_in_fp32(inpaint, dtype):
+    images, keep_masks = (tensor.to(dtype) for tensor in random_batch())
+    result = inpaint(images, keep_masks, seed=1)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, inpaint(images.float(), keep_masks.float(), seed=1))
+
+
+def test_a_picture_in_a_picture_out(results):
+    assert all(isinstance(result, Image.Image) for result in results)
+    assert {(result.mode, result.size) for result in results} == {("RGB", (SIZE, SIZE))}
+
+
+def test_lists_in_a_list_out(inpaint, pictures, masks, results):
+    batch = inpaint(pictures, tuple(masks), seed=7)
+    assert isinstance(batch, list)
+    assert_within_one_level(batch, results)
+
+
+def test_pictures_and_tensors_give_the_same(inpaint, pictures, masks, results):
+    gt = np.asarray(pictures[0].convert("RGB"), np.float32).transpose(2, 0, 1) / 127.5 - 1
+    keep = np.asarray(masks[0].convert("RGB"), np.float32).transpose(2, 0, 1) / 255
+    result = inpaint(torch.from_numpy(gt)[None], torch.from_numpy(keep)[None], seed=7)
+    np.testing.assert_array_equal(to_bytes(result)[0], np.asarray(results[0]))
+
+
+def test_pictures_of_any_size_and_mode_are_prepared_like_files(inpaint, pictures, masks):
+    large = pictures[0].convert("RGBA").resize((150, 90))
+    result = inpaint(large, masks[0].convert("L").resize((70, 70)))
+    assert (result.mode, result.size) == ("RGB", (SIZE, SIZE))
+
+
+# ---- Seeds ----
+
+
+def test_the_same_seed_gives_the_same_and_another_seed_does_not(inpaint):
+    images, keep_masks = random_batch()
+    result = inpaint(images, keep_masks, seed=1)
+    assert torch.equal(result, inpaint(images, keep_masks, seed=1))
+    assert not torch.isclose(result, inpaint(images, keep_masks, seed=3)).all()
+    assert torch.equal(inpaint(images, keep_masks), inpaint(images, keep_masks, seed=0))
+
+
+def test_image_i_of_a_batch_is_a_single_run_from_seed_plus_i(inpaint):
+    images, keep_masks = random_batch(3)
+    batch = inpaint(images, keep_masks, seed=40)
+    for i in range(3):
+        single = inpaint(images[i : i + 1], keep_masks[i : i + 1], seed=40 + i)
+        torch.testing.assert_close(batch[i], single[0], atol=1e-3, rtol=0)
+
+
+def test_the_command_writes_the_same_pictures(tmp_path, results):
+    folders = {"srs": "inpainted", "lrs": "gt_masked", "gt_keep_masks": "gt_keep_mask"}
+    paths = ", ".join(f"{key}: {tmp_path / name}" for key, name in folders.items())
+    overrides = (
+        *OVERRIDES,
+        f"data.eval.resample.gt_path={CASE / 'gts'}",
+        f"data.eval.resample.mask_path={CASE / 'masks'}",
+        f"data.eval.resample.paths={{{paths}}}",
+        "seed=7",
+        "device=cpu",
+    )
+    sets = [word for override in overrides for word in ("--set", override)]
+    argv = ["test.py", "--conf_path", str(CASE / "conf.yml"), *sets]
+    with (
+        patch.object(sys, "argv", argv),
+        redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit, match="^0$"),
+    ):
+        runpy.run_path(str(ROOT / "test.py"), run_name="__main__")
+    written = sorted((tmp_path / "inpainted").glob("*.png"))
+    assert len(written) == len(results) == 4
+    for path, result in zip(written, results, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(result))
+
+
+# ---- Known pixels ----
+
+
+def test_known_pixels_pasted_into_tensors():
+    images, keep_masks = random_batch()
+    plain = load()(images, keep_masks, seed=2)
+    pasted = load("paste_known=true")(images, keep_masks, seed=2)
+    known = (keep_masks == 1).expand_as(images)
+    assert torch.equal(pasted[known], images[known])
+    assert torch.equal(pasted[~known], plain[~known])
+
+
+def test_known_pixels_pasted_into_pictures(pictures, masks, results):
+    pasted = np.asarray(load("paste_known=true")(pictures[0], masks[0], seed=7))
+    known = np.asarray(masks[0].convert("RGB")) == 255
+    assert known.any() and not known.all()
+    original = load_prepared(str(sorted(CASE.glob("gts/*"))[0]), SIZE)
+    np.testing.assert_array_equal(pasted[known], original[known])
+    np.testing.assert_array_equal(pasted[~known], np.asarray(results[0])[~known])
+
+
+# ---- Progress ----
+
+
+def test_progress_is_told_after_each_evaluation(inpaint):
+    calls = []
+    images, keep_masks = random_batch()
+    inpaint(images, keep_masks, progress=lambda *call: calls.append(call))
+    assert inpaint.evaluations == EVALUATIONS
+    assert [call[:2] for call in calls] == [(i + 1, EVALUATIONS) for i in range(EVALUATIONS)]
+    for _, _, x0 in calls:
+        assert x0.shape == images.shape and x0.abs().max() <= 1
+    assert not torch.equal(calls[0][2], calls[-1][2])
+
+
+def test_watching_changes_nothing(inpaint, pictures, masks, results):
+    calls = []
+    watched = inpaint(pictures[0], masks[0], 7, lambda done, total, x0: calls.append(done))
+    np.testing.assert_array_equal(np.asarray(watched), np.asarray(results[0]))
+    assert calls == list(range(1, EVALUATIONS + 1))
+
+
+# ---- What does not fit ----
+
+IMAGES, MASKS = torch.zeros(2, 3, SIZE, SIZE), torch.zeros(2, 1, SIZE, SIZE)
+PICTURE = Image.new("RGB", (SIZE, SIZE))
+MISFITS = {
+    "no batch": (IMAGES[0], MASKS, r"images are \(3, 32, 32\), not \(B, 3, 32, 32\)"),
+    "a number": (torch.tensor(0.0), MASKS, r"images are \(\)"),
+    "empty batch": (IMAGES[:0], MASKS[:0], r"images are \(0, 3, 32, 32\)"),
+    "grey images": (MASKS, MASKS, r"images are \(2, 1, 32, 32\)"),
+    "another size": (torch.zeros(2, 3, 64, 64), MASKS, r"not \(B, 3, 32, 32\)"),
+    "fewer masks": (IMAGES, MASKS[:1], r"keep masks are \(1, 1, 32, 32\), not \(2, 1 or 3, 32, 32"),
+    "flat masks": (IMAGES, MASKS[:, 0], r"keep masks are \(2, 32, 32\)"),
+    "two channels": (IMAGES, IMAGES[:, :2], r"keep masks are \(2, 2, 32, 32\)"),
+    "bytes": (IMAGES.byte(), MASKS, r"images must be float numbers in \[-1, 1\]"),
+    "0 to 255": (IMAGES + 255, MASKS, r"images must be float numbers in \[-1, 1\]"),
+    "not a number": (IMAGES + float("nan"), MASKS, r"images must be float"),
+    "mask above 1": (IMAGES, MASKS + 1.5, r"keep masks must be float numbers in \[0, 1\]"),
+    "mask below 0": (IMAGES, MASKS - 1, r"keep masks must be float numbers in \[0, 1\]"),
+    "boolean mask": (IMAGES, MASKS.bool(), r"keep masks must be float numbers in \[0, 1\]"),
+    "mask of another kind": (IMAGES, PICTURE, "so the keep masks must be one too"),
+    "no pictures": ([], [], "0 images and 0 keep masks"),
+    "two masks": ([PICTURE], [PICTURE, PICTURE], "1 images and 2 keep masks"),
+    "one mask": ([PICTURE], PICTURE, "keep masks must be .* a list of PIL images"),
+    "a tensor mask": (PICTURE, MASKS, "keep masks must be"),
+    "paths": ("x.png", "mask.png", "images must be a tensor, a PIL image, or a list"),
+    "arrays": (np.zeros((2, 32, 32, 3)), np.zeros((2, 32, 32, 3)), "images must be a tensor"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_is_a_value_error(inpaint, case):
+    images, keep_masks, message = MISFITS[case]
+    with pytest.raises(ValueError, match=message):
+        inpaint(images, keep_masks)
+
+
+# ---- Loading ----
+
+
+def test_the_device_given_wins_over_the_config():
+    assert load("device=cuda:99").diffusion.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("overrides", [["device=cuda:99"], []])
+def test_a_device_that_is_absent_is_a_user_error(overrides):
+    with pytest.raises(UserError, match="cuda:99 was asked for"):
+        load(*overrides, device=None if overrides else "cuda:99")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(pictures, masks):
+    result = load(device="cuda")(pictures[0], masks[0])
+    assert (result.mode, result.size) == ("RGB", (SIZE, SIZE))
+
+
+def test_a_config_without_data_is_enough(tmp_path):
+    lines = (CASE / "conf.yml").read_text().splitlines()
+    without_data = lines[: lines.index("data:")]
+    (tmp_path / "conf.yml").write_text("\n".join(without_data))
+    images, keep_masks = random_batch(1)
+    result = load_inpainter(str(tmp_path / "conf.yml"), "cpu", OVERRIDES)(images, keep_masks)
+    assert torch.equal(result, load()(images, keep_masks))
+
+
+def test_a_mistake_in_the_config_is_a_user_error():
+    with pytest.raises(UserError, match="nearest known key is seed"):
+        load("sede=1")
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, guided_diffusion; print('torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "False\n"
+
+
+def test_the_package_has_no_other_names():
+    with pytest.raises(ImportError):
+        from guided_diffusion import nothing_of_this_name  # noqa: F401
