@@ -1,0 +1,148 @@
+"""The house is in order: imports point down, functions are short.
+
+| floor | modules |
+| --- | --- |
+| 0 | config, storage, nn, gaussian_diffusion |
+| 1 | unet, respace, checkpoint, image_datasets, scheduler |
+| 2 | repaint, denoiser, training/* |
+| 3 | inpainter |
+| 4 | factory, runner |
+| 5 | the package's own front (`__init__`), and the entry scripts: test.py, train.py |
+| 6 | data/*.py, scripts that use the package as its users do |
+
+A module imports from strictly lower floors only; those inside training/ also from one another.
+"""
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "guided_diffusion"
+FLOORS = (
+    ("config", "storage", "nn", "gaussian_diffusion"),
+    ("unet", "respace", "checkpoint", "image_datasets", "scheduler"),
+    ("repaint", "denoiser", "training.*"),
+    ("inpainter",),
+    ("factory", "runner"),
+    ("__init__", "test.py", "train.py"),
+    ("data/*.py",),
+)
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+SCRIPTS = sorted(ROOT.glob("*.py"))
+SOURCES = [*sorted((ROOT / PACKAGE).rglob("*.py")), *SCRIPTS, *sorted(ROOT.glob("data/*.py"))]
+
+
+def module_name(path: Path) -> str:
+    """`unet`, `training.loop`, `training.__init__`; of a script its path, `test.py`."""
+    inside = path.relative_to(ROOT)
+    if inside.parts[0] != PACKAGE:
+        return inside.as_posix()
+    return ".".join(inside.with_suffix("").parts[1:])
+
+
+def room(name: str) -> str:
+    """The name under which the table above lists a module."""
+    if name.startswith("training."):
+        return "training.*"
+    return "data/*.py" if name.startswith("data/") else name
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """Modules of the package that a source imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (_module_of(name) for name in dotted if name.split(".")[0] == PACKAGE)
+
+
+def _module_of(dotted: str) -> str:
+    """The module of the package that is, or holds, what goes by this dotted name."""
+    name = dotted.removeprefix(PACKAGE).removeprefix(".")
+    candidates = (name, f"{name}.__init__", name.rpartition(".")[0])
+    return next((known for known in candidates if known in MODULES), "__init__")
+
+
+def forbidden_imports(name: str, source: str) -> list[str]:
+    """Imports that do not point to a lower floor, nor stay within a folder's room."""
+    return [
+        target
+        for target in imported_modules(source)
+        if FLOOR_OF[room(target)] >= FLOOR_OF[room(name)]
+        and not (room(name) == room(target) == "training.*")
+    ]
+
+
+def function_lengths() -> dict[str, int]:
+    """`module.function` -> number of lines, for every function of the program."""
+    return {
+        f"{name}.{node.name}, line {node.lineno}": node.end_lineno - node.lineno + 1
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+
+
+def test_every_module_has_a_floor_and_every_floor_its_modules():
+    assert {room(name) for name in MODULES} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_to_lower_floors(name):
+    assert forbidden_imports(name, MODULES[name].read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "forbidden"),
+    [
+        ("unet", "from guided_diffusion.nn import attention", []),
+        ("unet", "import guided_diffusion.repaint", ["repaint"]),
+        ("unet", "def f():\n    from guided_diffusion import runner", ["runner"]),
+        ("unet", "from guided_diffusion.scheduler import jump_times", ["scheduler"]),
+        ("runner", "from guided_diffusion import load_inpainter", ["__init__"]),
+        ("runner", "import guided_diffusion", ["__init__"]),
+        ("runner", "from guided_diffusion import storage, factory", ["factory"]),
+        ("data/x.py", "from guided_diffusion import load_inpainter", []),
+        ("training.loop", "from guided_diffusion.training.ema import EMA", []),
+        ("training.loop", "from guided_diffusion.denoiser import guided", ["denoiser"]),
+        ("repaint", "import torch, math\nfrom guided_diffusion_2 import x", []),
+    ],
+)
+def test_the_reader_of_imports_sees_them_all(name, source, forbidden):
+    assert forbidden_imports(name, source) == forbidden
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_entry_scripts_are_thin(script):
+    assert len(script.read_text("utf-8").splitlines()) < 80
+
+
+def test_functions_fit_on_a_screen():
+    lengths = function_lengths()
+    assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
+    assert statistics.median(lengths.values()) < 15
+
+
+def test_reading_a_config_does_not_wait_for_torch():
+    code = "import guided_diffusion.config, sys; print('torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "False"
+    tree = ast.parse(MODULES["config"].read_text("utf-8"))
+    froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    plain = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    assert not any(module.split(".")[0] == "torch" for module in froms + plain)
