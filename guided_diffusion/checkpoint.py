@@ -21,6 +21,8 @@ DOWNLOADS = {
     "256x256_classifier.pt": "classifier",
 }
 
+PIECE_BYTES = 2**28  # of a checkpoint, copied at a time: more pieces, less memory, more time
+
 Network = TypeVar("Network", bound=nn.Module)
 Shapes = dict[str, tuple[int, ...]]
 Features = dict[str, str | None]  # config key -> its value; None: the shapes do not tell
@@ -29,12 +31,17 @@ Features = dict[str, str | None]  # config key -> its value; None: the shapes do
 def load_weights(network: Network, path: str) -> Network:
     """Fill a network built on the meta device with the weights of a checkpoint.
 
-    The file is mapped into memory, and the weights stay there: loading costs neither time nor
-    memory beyond the file's own size. Raises UserError, as `load_state_dict` and if any key or
-    shape differs.
+    They come in fp32 and channels_last, in the process's own memory, which they take once: the
+    file is mapped and copied piece by piece. Raises UserError, as `load_state_dict` and if any
+    key or shape differs.
     """
     state_dict = _matching_state_dict(network, path)
-    network.load_state_dict(_in_fp32(state_dict), assign=True)
+    weights = {}
+    for keys in _pieces(state_dict):
+        weights |= {key: _own_copy(state_dict.pop(key)) for key in keys}
+        if _can_be_mapped(path):  # what was read of a mapping counts as used until it is closed
+            state_dict = load_state_dict(path)
+    network.load_state_dict(weights, assign=True)
     return network
 
 
@@ -67,9 +74,12 @@ def _load(path: str) -> Any:
     if storage.is_remote(path):
         with storage.open_binary(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
-    # Files of torch before 1.6 are no zip archives, and cannot be mapped.
-    is_zip = zipfile.is_zipfile(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+
+
+def _can_be_mapped(path: str) -> bool:
+    """Files of torch before 1.6 are no zip archives, and cannot be mapped into memory."""
+    return not storage.is_remote(path) and zipfile.is_zipfile(path)
 
 
 def _missing_message(path: str) -> str:
@@ -131,9 +141,20 @@ def _matching_state_dict(network: nn.Module, path: str) -> dict[str, torch.Tenso
     return state_dict
 
 
-def _in_fp32(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights stored in half precision are computed with in full; others stay where they are."""
-    return {key: tensor.float() for key, tensor in state_dict.items()}
+def _pieces(state_dict: dict[str, torch.Tensor]) -> list[list[str]]:
+    """The keys, in pieces of about PIECE_BYTES."""
+    pieces, size = [[]], 0
+    for key, tensor in state_dict.items():
+        if size > PIECE_BYTES:
+            pieces, size = [*pieces, []], 0
+        pieces[-1].append(key)
+        size += tensor.nbytes
+    return pieces
+
+
+def _own_copy(weight: torch.Tensor) -> torch.Tensor:
+    layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    return weight.to(torch.float32, memory_format=layout, copy=True)
 
 
 def _is_state_dict(contents: Any) -> bool:

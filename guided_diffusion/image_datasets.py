@@ -96,8 +96,9 @@ def list_images(key: str, path: str) -> list[str]:
     try:
         if not storage.exists(path):
             raise UserError(
-                f"{key}: no such file or folder: {path} "
-                f"(relative paths start at the current directory, {os.getcwd()})"
+                f"{key}: no such file or folder: {path} (relative paths start at the current "
+                f"directory, {os.getcwd()}); for the original's example pictures: "
+                "bash download.sh data"
             )
         if not storage.is_dir(path):
             return [path]

@@ -121,8 +121,9 @@ def _draw(conf_path: str | None, out: str) -> None:
     evaluations = count_evaluations(times)
     ups = len(times) - 1 - evaluations
     summary = f"{evaluations:,} evaluations, {ups:,} re-noising steps an image"
+    print(summary)
     draw_schedule(times, f"{conf_path or 'RePaint, paper setting'}: {summary}", out)
-    print(f"{summary}\nwritten: {out}")
+    print(f"written: {out}")
 
 
 def _fail(error: UserError) -> int:

@@ -122,12 +122,10 @@ class AttentionBlock(nn.Module):
     def __init__(self, p: UNetParams, channels: int, num_heads: int):
         super().__init__()
         per_head = p.num_head_channels
+        if channels % (num_heads if per_head == -1 else per_head):
+            heads = f"{num_heads} equal heads" if per_head == -1 else f"heads of {per_head}"
+            raise ValueError(f"{channels} channels cannot be split into {heads}")
         self.num_heads = num_heads if per_head == -1 else channels // per_head
-        if channels % self.num_heads or (per_head != -1 and channels % per_head):
-            raise ValueError(
-                f"{channels} channels cannot be split into {self.num_heads} equal heads"
-                + (f" of {per_head} channels" if per_head != -1 else "")
-            )
         self.heads_first = not p.use_new_attention_order
         self.norm = GroupNorm32(channels)
         self.qkv = PointwiseConv(channels, 3 * channels)
@@ -238,8 +236,11 @@ class UNet(TimedNetwork):
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x: (B, in_channels, H, W), about [-1, 1]. t: (B,) steps of the base process.
-        y: (B,) classes, for a class-conditional network. Returns (B, out_channels, H, W).
+        y: (B,) classes, for a class-conditional network and only for it, else ValueError.
+        Returns (B, out_channels, H, W).
         """
+        if (y is None) != (self.params.num_classes is None):
+            raise ValueError("y must be given to class-conditional networks, and to no others")
         emb = self.embed(t)
         if y is not None:
             emb = emb + self.label_emb(y)

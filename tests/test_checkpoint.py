@@ -3,6 +3,8 @@
 import os
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guided_diffusion import checkpoint
 from guided_diffusion.checkpoint import (
     DOWNLOADS,
     _difference_message,
@@ -109,14 +112,57 @@ def test_the_order_of_the_names_does_not_matter(tmp_path, tiny):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux to see the mapping")
-def test_weights_stay_in_the_mapped_file(tmp_path, tiny):
-    path = tmp_path / "mapped.pt"
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's accounts")
+def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
+    """A file of 256 MB, in pieces of 16 MB, in a process of its own."""
+    script = """
+import re, sys, torch
+from guided_diffusion import checkpoint
+checkpoint.PIECE_BYTES = 2**24
+with torch.device("meta"):
+    network = torch.nn.Sequential(*[torch.nn.Conv2d(512, 512, 4) for _ in range(16)])
+torch.save({"warm": torch.zeros(1)}, sys.argv[1] + ".warm")
+checkpoint.load_state_dict(sys.argv[1] + ".warm")
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+checkpoint.load_weights(network, sys.argv[1])
+print(peak() - before)
+"""
+    convs = torch.nn.Sequential(*[torch.nn.Conv2d(512, 512, 4) for _ in range(16)])
+    torch.save(convs.state_dict(), tmp_path / "big.pt")
+    command = [sys.executable, "-c", script, str(tmp_path / "big.pt")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    kilobytes = sum(weight.nbytes for weight in convs.state_dict().values()) / 1024
+    assert kilobytes * 0.9 < int(run.stdout) < kilobytes * 1.3
+
+
+def test_a_checkpoint_in_many_pieces_is_whole(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1000)
+    torch.save(tiny, tmp_path / "zip.pt")
+    torch.save(tiny, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("zip.pt", "old.pt"):
+        found = load_weights(denoiser(), str(tmp_path / name)).state_dict()
+        assert all(torch.equal(found[key], tiny[key]) for key in tiny)
+
+
+def test_weights_come_in_channels_last_and_the_file_stays_as_it_was(tmp_path, tiny):
+    path = tmp_path / "layout.pt"
     torch.save(tiny, path)
+    before = path.read_bytes()
     network = load_weights(denoiser(), str(path))
-    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
-    mapped = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
     for key, weight in network.state_dict().items():
-        assert any(start <= weight.data_ptr() < end for start, end in mapped), key
+        assert torch.equal(weight, tiny[key]), key
+        assert weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last), key
+    assert path.read_bytes() == before
+
+
+def test_weights_that_share_memory_in_the_file_keep_their_values(tmp_path, tiny):
+    shared = torch.randn(64, 64, 3, 3)
+    keys = [f"middle_block.{i}.{layer}.weight" for i in (0, 2) for layer in ("in_layers.2",)]
+    torch.save(tiny | dict.fromkeys(keys, shared), tmp_path / "shared.pt")
+    network = load_weights(denoiser(), str(tmp_path / "shared.pt"))
+    for key in keys:
+        assert torch.equal(network.state_dict()[key], shared), key
 
 
 # ---- No file, or not a good one ----

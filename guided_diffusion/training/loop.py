@@ -5,6 +5,7 @@ a run that was killed at any moment goes on from its newest complete checkpoint 
 weights. Files are named as the ecosystem does: modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ class Trainer:
         t, weights = self.timesteps.sample(len(images))
         noise = torch.randn(images.shape)
         loss = self._backward(images, classes, t, weights, noise)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {self.step} is {loss}: training has diverged; lower lr, or set "
+                "grad_clip, and run again from the last good checkpoint"
+            )
         self._update()
         self.step += 1
         return loss
@@ -118,13 +124,15 @@ class Trainer:
             ema.update(self.network)
 
     def save(self, log_dir: str) -> None:
-        """Write a checkpoint; its optimiser file comes last, and so says that it is complete."""
+        """Write a checkpoint; its optimiser file comes last, and so says that it is complete.
+
+        Raises UserError if a file cannot be written; older checkpoints stay as they are.
+        """
         files = self.checkpoint_files(self.step)
         contents = [self.network.state_dict(), *(ema.weights for ema in self.emas)]
         optimizer = self.optimizer.state_dict() | {"timesteps": self.timesteps.state_dict()}
         for name, content in zip(files, [*contents, optimizer], strict=True):
-            with storage.create_atomically(f"{log_dir}/{name}") as file:
-                torch.save(content, file)
+            _write(f"{log_dir}/{name}", content)
 
     def resume(self, log_dir: str) -> None:
         """Go on from the newest complete checkpoint in log_dir, if there is one.
@@ -223,6 +231,17 @@ def learning_rate(params: TrainingParams, step: int) -> float:
 
 def _step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+
+def _write(path: str, content: dict) -> None:
+    try:
+        with storage.create_atomically(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch's writer
+        raise UserError(
+            f"cannot write {path}: {str(error).splitlines()[0]}; make room, then run again: "
+            "training goes on from the newest complete checkpoint"
+        ) from error
 
 
 def _saved_steps(log_dir: str) -> list[int]:
