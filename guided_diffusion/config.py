@@ -435,6 +435,7 @@ def load_training_config(path: str, overrides: Sequence[str] = ()) -> TrainingCo
     file.refuse_first(
         _network_problems(config.network),
         _diffusion_problems(config.diffusion, None),
+        _precision_problems(config.network),
         _folder_problems(file.values, outputs=["log_dir"], inputs=["data_dir"]),
     )
     return config
@@ -648,6 +649,11 @@ def _network_problems(network: NetworkConfig) -> _Problems:
         divisor = getattr(network, key)
         if divisor != -1 and any(width % divisor for width in divided):
             yield key, f"divisors of {divided}, the widths of the levels with attention"
+
+
+def _precision_problems(network: NetworkConfig) -> _Problems:
+    if network.use_fp16:
+        yield "use_fp16", "false in training, where use_bf16 is the switch to half precision"
 
 
 def _classifier_problems(classifier: ClassifierConfig | None, image_size: int) -> _Problems:

@@ -728,6 +728,7 @@ def test_training_file(write):
     [
         ("data_dir", DELETED, "data_dir: missing; accepted: a path"),
         ("log_dir", DELETED, "log_dir: missing"),
+        ("use_fp16", True, "use_fp16: found true; accepted: false in training"),
         ("batch_size", DELETED, "batch_size: missing"),
         ("total_steps", DELETED, "total_steps: missing"),
         ("ema_rate", "0.9,1", "ema_rate: found 0.9,1; accepted: numbers >= 0 and < 1"),
