@@ -5,7 +5,7 @@ So every portrait is symmetric about its vertical axis to the byte (face, hair, 
 background and light), and a completion of one half can be scored against the truth. A portrait
 depends on (seed, index) alone: asking for more of them never changes the earlier ones.
 
-    python data/make_portraits.py portraits/train --number 20000 --seed 0
+    python data/make_portraits.py data/portraits --number 30000
 """
 
 import argparse
@@ -879,7 +879,7 @@ def portraits(seed: int, number: int, start: int = 0, size: int = 64) -> Iterato
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Draw symmetric cartoon portraits: FOLDER/000000.png, 000001.png, ...",
-        epilog="example: python data/make_portraits.py portraits/train --number 20000 --seed 0",
+        epilog="example: python data/make_portraits.py data/portraits --number 30000",
     )
     parser.add_argument("folder", type=Path, help="where the pictures go; created if missing")
     parser.add_argument("--number", type=int, default=1000, help="how many (default 1000)")
