@@ -21,6 +21,8 @@ DOWNLOADS = {
     "256x256_classifier.pt": "classifier",
 }
 
+DEMO_MODEL = "portraits64.pt"
+
 PIECE_BYTES = 2**28  # of a checkpoint, copied at a time: more pieces, less memory, more time
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -83,6 +85,8 @@ def _can_be_mapped(path: str) -> bool:
 
 
 def _missing_message(path: str) -> str:
+    if PurePath(path).name == DEMO_MODEL:
+        return f"{path}: no such checkpoint; start it in the repository's folder, which has it"
     return (
         f"{path}: no such checkpoint; {_fetch_command(path) or 'check the path'}. To see the "
         "program work without any download: python test.py --conf_path confs/demo.yml"

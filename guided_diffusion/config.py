@@ -279,8 +279,12 @@ def _only_false(why: str) -> _Kind:
 
 _ANYTHING = _Kind("anything", lambda node: None)
 Flag = Annotated[bool, _Kind("true or false", _flag)]
-Text = Annotated[str, _matching(r"[^\0\ud800-\udfff]+", "text")]
-FilePath = Annotated[str, _matching(r"[^\0\ud800-\udfff]+", "a path")]
+_TEXT = re.compile(r"[^\0\ud800-\udfff]+", re.DOTALL)
+Text = Annotated[str, _kind("text", _text, _TEXT.fullmatch)]
+FilePath = Annotated[
+    str,
+    _kind("a path", lambda node: os.path.expanduser(_text(node)), _TEXT.fullmatch),
+]
 Count = Annotated[int, _whole(1)]
 CountOrZero = Annotated[int, _whole(0)]
 CountOrDefault = Annotated[
@@ -388,7 +392,9 @@ _SAMPLING = (
 # ---- The loader ------------------------------------------------------------------------------
 
 
-def load_config(path: str, overrides: Sequence[str] = (), require_data: bool = True) -> Config:
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), require_data: bool = True
+) -> Config:
     """Read the YAML file of an inpainting run.
 
     path: a local file.
@@ -397,6 +403,7 @@ def load_config(path: str, overrides: Sequence[str] = (), require_data: bool = T
 
     Raises UserError, one line, for everything that can be wrong with it.
     """
+    path = os.fspath(path)
     file = _File(path, overrides, known=_SAMPLING, others=_TRAINING)
     schedule = file.make(ScheduleConfig) if file.has("schedule_jump_params.") else None
     if schedule:
@@ -422,8 +429,11 @@ def load_config(path: str, overrides: Sequence[str] = (), require_data: bool = T
     return config
 
 
-def load_training_config(path: str, overrides: Sequence[str] = ()) -> TrainingConfig:
+def load_training_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> TrainingConfig:
     """Read the YAML file of a training run; arguments and errors as in `load_config`."""
+    path = os.fspath(path)
     file = _File(path, overrides, known=_TRAINING, others=_SAMPLING)
     config = file.make(
         TrainingConfig,
@@ -563,7 +573,8 @@ class _File:
                 except ValueError:
                     self.refuse(key, self.known[key].accepts)
             elif not _is_section(path, self.known):
-                self.refuse_path(path, _unknown_problem(path, self.known, self.others))
+                dataset = self.dataset_name or "NAME"
+                self.refuse_path(path, _unknown_problem(path, self.known, self.others, dataset))
 
 
 _DATASETS = ("data", "eval")
@@ -581,7 +592,11 @@ def _is_section(path: _Path, known: Mapping) -> bool:
     return not path or any(key.startswith(_pattern(path) + ".") for key in known)
 
 
-def _unknown_problem(path: _Path, known: Mapping, others: Mapping) -> str:
+def _unknown_problem(path: _Path, known: Mapping, others: Mapping, dataset: str) -> str:
+    keys = [key.replace("*", dataset) for key, kind in known.items() if kind is not _ANYTHING]
+    for key in keys:
+        if key.endswith(f".{path[-1]}"):
+            return f"unknown key; the nearest known key is {key}"
     if _pattern(path) in others or _is_section(path, others):
         script = "train.py" if others is _TRAINING else "test.py"
         return f"a key for {script} alone; remove it here"
@@ -592,8 +607,6 @@ def _unknown_problem(path: _Path, known: Mapping, others: Mapping) -> str:
         last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
         return last, whole
 
-    dataset = path[2] if path[:2] == _DATASETS else "NAME"
-    keys = [key.replace("*", dataset) for key, kind in known.items() if kind is not _ANYTHING]
     sections = {key[: dot.start()] for key in keys for dot in re.finditer(r"\.", key)}
     return f"unknown key; the nearest known key is {max(keys + sorted(sections), key=likeness)}"
 
@@ -620,7 +633,8 @@ def _compose(text: str, origin: str) -> yaml.Node:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
-        raise UserError(f"{origin}{place}: not valid YAML: {problem}") from None
+        hint = "; indent with spaces, not with tabs" if r"'\t'" in str(problem) else ""
+        raise UserError(f"{origin}{place}: not valid YAML: {problem}{hint}") from None
 
 
 def _shown(node: yaml.Node) -> str:
@@ -686,7 +700,7 @@ def _diffusion_problems(diffusion: DiffusionConfig, schedule: ScheduleConfig | N
         yield "diffusion_steps", "numbers > 20 (linear betas reach 1 at 20), or a cosine schedule"
     counts = [int(count) for count in re.findall("[0-9]+", diffusion.timestep_respacing)]
     kept = sum(counts) if counts else steps
-    if schedule and schedule.t_T > min(kept, steps):
+    if schedule and schedule.t_T > min(kept, steps) > 0:
         limit = "the steps that diffusion_steps and timestep_respacing leave"
         yield "schedule_jump_params.t_T", f"at most {min(kept, steps)}, {limit}"
     if not 1 <= kept <= steps:
@@ -696,6 +710,9 @@ def _diffusion_problems(diffusion: DiffusionConfig, schedule: ScheduleConfig | N
 def _dataset_problems(values: Mapping[str, Any], image_size: int) -> _Problems:
     if values.get("data.eval.*.image_size", image_size) != image_size:
         yield "data.eval.*.image_size", f"{image_size}, as image_size at the top, or no such key"
+    gt_path, mask_path = (values.get(f"data.eval.*.{key}") for key in ("gt_path", "mask_path"))
+    if gt_path and mask_path and os.path.realpath(gt_path) == os.path.realpath(mask_path):
+        yield "data.eval.*.mask_path", "masks in a folder of their own, apart from gt_path"
     outputs = [key for key in values if ".paths." in key]
     yield from _folder_problems(values, outputs, ["data.eval.*.gt_path", "data.eval.*.mask_path"])
 

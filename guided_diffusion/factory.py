@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from torch import nn
 
 from guided_diffusion import storage
 from guided_diffusion.checkpoint import check_weights, load_weights
@@ -14,7 +13,6 @@ from guided_diffusion.config import (
     CHANNEL_MULT_BY_IMAGE_SIZE,
     ClassifierConfig,
     Config,
-    DiffusionConfig,
     NetworkConfig,
     TrainingConfig,
     UserError,
@@ -52,7 +50,7 @@ def build_inpainter(config: Config, times: Sequence[int]) -> Inpainter:
     times: what the sampler walks, see `build_times`.
     """
     device = pick_device(config.device)
-    process = build_process(config.diffusion, device)
+    process = build_process(config, device)
     return Inpainter(
         _build_denoiser(config, process, device),
         process.diffusion,
@@ -68,17 +66,18 @@ def build_inpainter(config: Config, times: Sequence[int]) -> Inpainter:
 
 def check_checkpoints(config: Config) -> None:
     """Compare every key and shape of the checkpoints with the config. Raises UserError."""
-    check_weights(_meta_unet(config.network), config.model_path)
-    if config.classifier:
-        network = _meta_classifier(config.classifier, config.network.image_size)
-        check_weights(network, _classifier_path(config.classifier))
+    for network, path, _ in _meta_networks(config):
+        check_weights(network, path)
 
 
 def pick_device(name: str | None) -> torch.device:
     """The device of this name; None: CUDA if there is one. Raises UserError if it is absent."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: found {name}; accepted: cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device: {name} was asked for, but torch finds {torch.cuda.device_count()} CUDA "
@@ -89,23 +88,26 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def build_process(config: DiffusionConfig, device: torch.device | str = "cpu") -> Process:
+def build_process(config: Config | TrainingConfig, device: torch.device | str = "cpu") -> Process:
     """The respaced diffusion of a config. Raises UserError."""
-    betas = beta_schedule(config.noise_schedule, config.diffusion_steps)
+    d = config.diffusion
     try:
         return respaced_process(
-            betas,
-            config.timestep_respacing,
-            rescale_timesteps=config.rescale_timesteps,
+            beta_schedule(d.noise_schedule, d.diffusion_steps),
+            d.timestep_respacing,
+            rescale_timesteps=d.rescale_timesteps,
             device=device,
         )
     except ValueError as error:
-        raise UserError(f"timestep_respacing: {config.timestep_respacing}: {error}") from error
+        raise UserError(
+            f"{config.source}: timestep_respacing: found {d.timestep_respacing}: {error}; "
+            "accepted: a number of steps that there is room for, such as 50"
+        ) from error
 
 
 def build_times(config: Config) -> list[int]:
     """The times that the sampler walks. Raises UserError if the diffusion has too few steps."""
-    alphas_cumprod = build_process(config.diffusion).diffusion.alphas_cumprod
+    alphas_cumprod = build_process(config).diffusion.alphas_cumprod
     steps = len(alphas_cumprod)
     if config.schedule is None:
         return plain_times(steps)
@@ -139,9 +141,12 @@ def _check_time_shift(config: Config, times: list[int], steps: int) -> None:
 
 
 def _build_denoiser(config: Config, process: Process, device: torch.device) -> Denoiser:
-    network = load_weights(_meta_unet(config.network), config.model_path)
+    check_checkpoints(config)  # all of them, before any weight is loaded
+    network, *classifier = (
+        _load(network, path, use_fp16, device) for network, path, use_fp16 in _meta_networks(config)
+    )
     denoiser = network_denoiser(
-        _ready(network, device, config.network.use_fp16),
+        network,
         process,
         class_cond=config.network.class_cond,
         predict_xstart=config.diffusion.predict_xstart,
@@ -149,35 +154,30 @@ def _build_denoiser(config: Config, process: Process, device: torch.device) -> D
     )
     if config.classifier is None:
         return denoiser
-    classifier = load_weights(
-        _meta_classifier(config.classifier, config.network.image_size),
-        _classifier_path(config.classifier),
-    )
-    classifier = _ready(classifier, device, config.classifier.use_fp16)
-    return guided(denoiser, classifier, process, config.classifier.scale)
+    return guided(denoiser, classifier[0], process, config.classifier.scale)
 
 
-def _ready(network: UNet | Classifier, device: torch.device, use_fp16: bool) -> nn.Module:
+def _load(
+    network: UNet | Classifier, path: str, use_fp16: bool, device: torch.device
+) -> UNet | Classifier:
+    load_weights(network, path)
     if use_fp16:
         network.convert_blocks(torch.float16)
     return network.to(device).eval().requires_grad_(False)
 
 
-def _meta_unet(network: NetworkConfig) -> UNet:
-    """The denoiser without memory for its weights, which the checkpoint brings along."""
+def _meta_networks(config: Config) -> list[tuple[UNet | Classifier, str, bool]]:
+    """Denoiser and, for guidance, classifier, each with its checkpoint and its use_fp16.
+
+    On the meta device: without memory for weights, which the checkpoints bring along.
+    """
+    network, classifier = config.network, config.classifier
     with torch.device("meta"):
-        return UNet(unet_params(network))
-
-
-def _meta_classifier(classifier: ClassifierConfig, image_size: int) -> Classifier:
-    with torch.device("meta"):
-        return Classifier(classifier_params(classifier, image_size))
-
-
-def _classifier_path(classifier: ClassifierConfig) -> str:
-    if classifier.path is None:
-        raise UserError("classifier_path: missing; guidance needs a classifier")
-    return classifier.path
+        networks = [(UNet(unet_params(network)), config.model_path, network.use_fp16)]
+        if classifier:
+            params = classifier_params(classifier, network.image_size)
+            networks.append((Classifier(params), classifier.path, classifier.use_fp16))
+    return networks
 
 
 def unet_params(network: NetworkConfig) -> UNetParams:
@@ -223,7 +223,7 @@ def build_trainer(config: TrainingConfig) -> tuple[Trainer, TrainingImages]:
     if config.network.class_cond:
         images.check_classes(NUM_CLASSES)
     objective = Objective(
-        build_process(config.diffusion, device),
+        build_process(config, device),
         predict_xstart=config.diffusion.predict_xstart,
         use_kl=config.diffusion.use_kl,
         class_cond=config.network.class_cond,
@@ -240,9 +240,13 @@ def sample_writer(
 
     num_classes: of those that are being learnt; a class-conditional network draws among them.
     """
-    steps = str(min(PREVIEW_STEPS, config.diffusion.diffusion_steps))
-    process = build_process(replace(config.diffusion, timestep_respacing=steps), device)
-    network = _meta_unet(config.network).eval()
+    # Every n-th step leaves out the very last ones, from which a few steps cannot start well.
+    total = config.diffusion.diffusion_steps
+    steps = len(range(0, total, max(1, total // PREVIEW_STEPS)))
+    preview = replace(config.diffusion, timestep_respacing=f"ddim{steps}")
+    process = build_process(replace(config, diffusion=preview), device)
+    with torch.device("meta"):
+        network = UNet(unet_params(config.network)).eval()
     inpainter = Inpainter(
         network_denoiser(
             network,
@@ -262,6 +266,9 @@ def sample_writer(
         network.load_state_dict(weights, assign=True)
         blank = torch.zeros(number, 3, size, size)
         pictures = to_bytes(inpainter.sample(blank, blank, seeds=range(number)))
-        storage.write_atomically(path, encode_png(picture_grid(pictures)))
+        try:
+            storage.write_atomically(path, encode_png(picture_grid(pictures)))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
     return write

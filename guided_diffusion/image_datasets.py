@@ -91,14 +91,26 @@ def _warn_of_different_names(pairs: list[Pair]) -> None:
             return
 
 
+# Where configs of this repository look for pictures that do not come with it.
+_SOURCES = {
+    "data/datasets/gts/portraits": "start it in the repository's folder",
+    "data/datasets/": "bash download.sh data fetches the original's example pictures",
+    "data/portraits": "python data/make_portraits.py data/portraits draws them",
+}
+
+
+def _how_to_get(path: str) -> str:
+    hints = (f"; {hint}" for start, hint in _SOURCES.items() if path.startswith(start))
+    return next(hints, "")
+
+
 def list_images(key: str, path: str) -> list[str]:
     """The images that a path stands for; `key` is the config key that the path came from."""
     try:
         if not storage.exists(path):
             raise UserError(
                 f"{key}: no such file or folder: {path} (relative paths start at the current "
-                f"directory, {os.getcwd()}); for the original's example pictures: "
-                "bash download.sh data"
+                f"directory, {os.getcwd()}){_how_to_get(path)}"
             )
         if not storage.is_dir(path):
             return [path]
@@ -284,8 +296,12 @@ class _Finding:
 
 _MASK_WARNINGS = {
     "fractional": (
-        "have values between 0 (fill in) and 255 (keep) at {S}x{S} and are used as they are; "
-        "to avoid it, save masks as black-and-white PNG of {S}x{S}"
+        "have values between 0 (fill in) and 255 (keep) at {S}x{S}, which are used as they are; no "
+        "harm along edges; to avoid it, save images and masks at {S}x{S}, masks black and white"
+    ),
+    "dim": (
+        "are nowhere brighter than half of 255, so that nothing is kept as it is; if 1 means keep "
+        "in your masks, multiply them by 255"
     ),
     "white": "keep everything (white all over): nothing is filled in",
     "black": "keep nothing (black all over): the whole picture is filled in",
@@ -322,6 +338,8 @@ def _inspect_all(pairs: Sequence[Pair], image_size: int) -> dict[str, _Finding]:
 
 
 def _kind(prepared: np.ndarray) -> str:
+    if 0 < prepared.max() < 128:
+        return "dim"
     if ((prepared > 0) & (prepared < 255)).any():
         return "fractional"
     if prepared.min() == prepared.max():

@@ -167,7 +167,10 @@ def _check_pictures(images: Sequence[Image.Image], keep_masks: Sequence[Image.Im
     for name, pictures in (("images", images), ("keep masks", keep_masks)):
         is_list = isinstance(pictures, Sequence)
         if not (is_list and all(isinstance(picture, Image.Image) for picture in pictures)):
-            raise ValueError(f"{name} must be a tensor, a PIL image, or a list of PIL images")
+            raise ValueError(
+                f"{name} must be PIL images (PIL.Image.fromarray makes them of arrays) or a "
+                "tensor, images and keep masks alike: one each, or two lists, or two tensors"
+            )
     if not images or len(images) != len(keep_masks):
         raise ValueError(
             f"{len(images)} images and {len(keep_masks)} keep masks; give each image its mask"

@@ -79,7 +79,7 @@ def make_plan(config: Config, times: Sequence[int]) -> Plan:
         raise UserError(f"{config.source}: data.eval: missing; name one dataset")
     pairs = find_pairs(dataset.gt_path, dataset.mask_path, dataset.offset, dataset.max_len)
     check_pairs(pairs, config.network.image_size)
-    for folder in _output_folders(dataset).values():
+    for folder in _output_folders(dataset):
         _check_output_folder(folder)
     seed = config.seed if config.seed is not None else secrets.randbelow(MAX_SEED)
     if not dataset.deterministic:
@@ -129,7 +129,13 @@ def _inpaint(
     gt = torch.stack([example.image for example in examples])
     keep_mask = torch.stack([example.keep_mask for example in examples])
     seeds = [plan.seed + pair.index for pair in batch]
-    results = to_bytes(inpainter.sample(gt, keep_mask, seeds, report.evaluation_done))
+    try:
+        results = to_bytes(inpainter.sample(gt, keep_mask, seeds, report.evaluation_done))
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU has not enough memory for {_counted(len(batch), 'image')} at a time; lower "
+            f"data.eval.{plan.dataset.name}.batch_size, or set device: cpu"
+        ) from error
     if inpainter.paste_known:
         originals = np.stack([example.image_bytes for example in examples])
         results = paste_known(results, originals, keep_mask)
@@ -163,15 +169,9 @@ def _picture(x: torch.Tensor) -> np.ndarray:
     return to_bytes(x[None])[0]
 
 
-def _output_folders(d: DatasetConfig) -> dict[str, str]:
-    """Config key -> folder."""
-    folders = {
-        "srs": d.inpainted_dir,
-        "lrs": d.gt_masked_dir,
-        "gts": d.gt_dir,
-        "gt_keep_masks": d.keep_mask_dir,
-    }
-    return {f"paths.{key}": folder for key, folder in folders.items() if folder is not None}
+def _output_folders(d: DatasetConfig) -> list[str]:
+    folders = (d.inpainted_dir, d.gt_masked_dir, d.gt_dir, d.keep_mask_dir)
+    return [folder for folder in folders if folder is not None]
 
 
 def _check_output_folder(folder: str) -> None:
@@ -219,7 +219,7 @@ class _RunRecord:
         self.write()
 
     def write(self) -> None:
-        text = json.dumps(self.content, indent=2, ensure_ascii=False)
+        text = json.dumps(self.content, indent=2)
         _write(self.path, f"{text}\n".encode())
 
 

@@ -97,7 +97,8 @@ def draw_schedule(times: list[int], title: str, out: str) -> None:
     try:
         figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write the plot to {out}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the plot to {out}: {reason}") from error
 
 
 def main() -> None:

@@ -401,7 +401,9 @@ MISTAKES = [
     # unknown keys, at each level, and misplaced ones
     ("sed", 1, "sed: unknown key; the nearest known key is seed"),
     ("image_sise", 64, "image_sise: unknown key; the nearest known key is image_size"),
-    ("gts", "out", "gts: unknown key; the nearest known key is data.eval.NAME.paths.gts"),
+    ("batch_size", 4, "unknown key; the nearest known key is data.eval.faces.batch_size"),
+    ("data.eval.faces.mask_path", "gts", "mask_path: found gts; accepted: masks in a folder"),
+    ("gts", "out", "gts: unknown key; the nearest known key is data.eval.faces.paths.gts"),
     ("t_T", 5, "the nearest known key is schedule_jump_params.t_T"),
     ("schedule_jump_params.jumps", 5, "schedule_jump_params.jumps: unknown key; the nearest"),
     ("schedule_jump_parms", {"t_T": 5}, "the nearest known key is schedule_jump_params"),

@@ -506,10 +506,17 @@ def test_good_pairs_pass_silently(tmp_path):
 
 
 def test_grey_masks_are_counted_in_one_warning(tmp_path):
-    pairs = pairs_with_masks(tmp_path, [0, 255], [0, 254], [0, 1])
+    pairs = pairs_with_masks(tmp_path, [0, 255], [0, 254], [0, 128])
     (message,) = messages_of(pairs)
     assert message.startswith(f"2 of 3 masks, first {pairs[1].mask_path}, have values between 0")
-    assert "black-and-white PNG of 8x8" in message
+    assert "save images and masks at 8x8, masks black and white" in message
+
+
+def test_masks_of_zeros_and_ones_are_told_apart_from_grey_ones(tmp_path):
+    pairs = pairs_with_masks(tmp_path, [0, 1], [0, 255])
+    (message,) = messages_of(pairs)
+    assert message.startswith(f"1 of 2 masks, first {pairs[0].mask_path}, are nowhere brighter")
+    assert "multiply them by 255" in message
 
 
 def test_masks_that_become_grey_by_resizing_are_found(tmp_path):

@@ -238,10 +238,14 @@ MISFITS = {
     "mask of another kind": (IMAGES, PICTURE, "so the keep masks must be one too"),
     "no pictures": ([], [], "0 images and 0 keep masks"),
     "two masks": ([PICTURE], [PICTURE, PICTURE], "1 images and 2 keep masks"),
-    "one mask": ([PICTURE], PICTURE, "keep masks must be .* a list of PIL images"),
+    "one mask": ([PICTURE], PICTURE, "keep masks must be PIL images .* two lists"),
     "a tensor mask": (PICTURE, MASKS, "keep masks must be"),
-    "paths": ("x.png", "mask.png", "images must be a tensor, a PIL image, or a list"),
-    "arrays": (np.zeros((2, 32, 32, 3)), np.zeros((2, 32, 32, 3)), "images must be a tensor"),
+    "paths": ("x.png", "mask.png", "images must be PIL images"),
+    "arrays": (
+        np.zeros((2, 32, 32, 3)),
+        np.zeros((2, 32, 32, 3)),
+        "images must be PIL images .*fromarray",
+    ),
 }
 
 

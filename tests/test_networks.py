@@ -316,7 +316,7 @@ def test_training_starts_from_zero_where_the_contract_says_so():
         ({"num_heads": 3}, "64 channels cannot be split into 3 equal heads"),
         (
             {"num_head_channels": 48},
-            "64 channels cannot be split into 1 equal heads of 48 channels",
+            "64 channels cannot be split into heads of 48",
         ),
     ],
 )

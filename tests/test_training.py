@@ -107,7 +107,7 @@ def run(data_dir: Path, log_dir: str = "log", **changes: Any) -> Trainer:
         trainer,
         images,
         config.training.log_dir,
-        write_samples=sample_writer(config, trainer.device),
+        write_samples=sample_writer(config, trainer.device, len(images.class_folders)),
         show_progress=False,
     )
     return trainer

@@ -158,11 +158,14 @@ class Trainer:
         try:
             for path in weights_paths:
                 check_weights(self.network, path)
+            optimizer = load_state_dict(optimizer_path)
         except UserError as error:
-            raise UserError(f"{error}; to start afresh, choose another log_dir") from error
+            raise UserError(
+                f"{error}; to go on from an older checkpoint, delete {optimizer_path}; to start "
+                "afresh, choose another log_dir"
+            ) from error
         for part, path in zip([self.network, *self.emas], weights_paths, strict=True):
             part.load_state_dict(load_state_dict(path))
-        optimizer = load_state_dict(optimizer_path)
         try:
             self.timesteps.load_state_dict(optimizer.pop("timesteps"))
             self.optimizer.load_state_dict(optimizer)
