@@ -5,7 +5,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import nn
@@ -81,7 +81,14 @@ def _load(path: str) -> Any:
 
 def _can_be_mapped(path: str) -> bool:
     """Files of torch before 1.6 are no zip archives, and cannot be mapped into memory."""
-    return not storage.is_remote(path) and zipfile.is_zipfile(path)
+    return not storage.is_remote(path) and _is_zip(path)
+
+
+def _is_zip(file: str | BinaryIO) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # a damaged one that says it spans several disks
+        return False
 
 
 def _missing_message(path: str) -> str:
@@ -102,7 +109,7 @@ def _diagnosis(path: str, error: Exception) -> str:
     """What is wrong with a file that torch could not load."""
     with storage.open_binary(path) as file:
         start = file.read(4)
-        ends_early = start == _ZIP and not zipfile.is_zipfile(file)
+        ends_early = start == _ZIP and not _is_zip(file)
     if not start:
         return "the file is empty"
     if ends_early:

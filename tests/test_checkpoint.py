@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guided_diffusion import checkpoint
@@ -463,6 +463,7 @@ def test_any_difference_can_be_put_in_words(wanted, found, begin, dropped, resha
 
 @settings(deadline=None, max_examples=60)
 @given(place=st.integers(0, 30_000), junk=st.binary(min_size=1, max_size=30))
+@example(place=19177, junk=b"\x01")  # a zip archive that says it spans several disks
 def test_any_damage_is_a_clear_error_or_leaves_the_file_readable(tmp_path_factory, place, junk):
     path = tmp_path_factory.mktemp("damaged") / "x.pt"
     save_shapes(path, dict(list(DENOISER_SHAPES.items())[:5]))
