@@ -1,6 +1,7 @@
 """The Python entry: what goes in, what comes out, and that it does what the command does."""
 
 import io
+import os
 import runpy
 import subprocess
 import sys
@@ -300,3 +301,12 @@ def test_importing_the_package_does_not_import_torch():
 def test_the_package_has_no_other_names():
     with pytest.raises(ImportError):
         from guided_diffusion import nothing_of_this_name  # noqa: F401
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_huge_pages_are_asked_for_unless_the_user_says_otherwise(given, expected):
+    code = "import guided_diffusion, os; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | given
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == expected
