@@ -106,16 +106,11 @@ def build_process(config: Config | TrainingConfig, device: torch.device | str = 
 
 
 def build_times(config: Config) -> list[int]:
-    """The times that the sampler walks. Raises UserError if the diffusion has too few steps."""
+    """The times that the sampler walks. Raises UserError if re-noising leaves them."""
     alphas_cumprod = build_process(config).diffusion.alphas_cumprod
     steps = len(alphas_cumprod)
     if config.schedule is None:
         return plain_times(steps)
-    if config.schedule.t_T > steps:
-        raise UserError(
-            f"{config.source}: schedule_jump_params.t_T: found {config.schedule.t_T}, but "
-            f"timestep_respacing keeps {steps} steps; lower t_T to {steps}, or raise the other"
-        )
     times = jump_times(config.schedule)
     _check_time_shift(config, times, steps)
     if config.schedule.t_T < steps:
@@ -240,7 +235,7 @@ def sample_writer(
 
     num_classes: of those that are being learnt; a class-conditional network draws among them.
     """
-    # Every n-th step leaves out the very last ones, from which a few steps cannot start well.
+    # Every n-th step leaves out the very last ones, which are nothing but noise.
     total = config.diffusion.diffusion_steps
     steps = len(range(0, total, max(1, total // PREVIEW_STEPS)))
     preview = replace(config.diffusion, timestep_respacing=f"ddim{steps}")

@@ -311,9 +311,9 @@ _MASK_WARNINGS = {
 def check_pairs(pairs: Sequence[Pair], image_size: int) -> None:
     """Read and prepare every image and mask once.
 
-    Warns, one line a kind, of masks with grey values, of masks that keep everything or nothing,
-    and of masks that are not as large as their image. Raises UserError that names the first file
-    that cannot be read.
+    Warns, one line a kind, of masks with grey values, of masks that are dim all over, that keep
+    everything or nothing, and of masks that are not as large as their image. Raises UserError that
+    names the first file that cannot be read.
     """
     findings = _inspect_all(pairs, image_size)
     messages = _mask_warnings(pairs, findings, image_size) + _size_warnings(pairs, findings)
