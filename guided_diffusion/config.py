@@ -119,7 +119,7 @@ class DatasetConfig:
     name: str  # what stands for the `*` in the file
     gt_path: FilePath  # folder of images, or one image
     mask_path: FilePath  # folder of masks, or one mask for all images
-    batch_size: Count = 1
+    batch_size: BatchSize = 1  # auto: as many as fit in the GPU's memory
     offset: CountOrZero = 0  # drop the first pairs
     max_len: Count | None = None  # keep at most so many pairs
     deterministic: Flag = True  # false = work in shuffled order
@@ -129,6 +129,16 @@ class DatasetConfig:
     gt_masked_dir: FilePath
     gt_dir: FilePath | None = None  # None = not written
     keep_mask_dir: FilePath
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """How the network is computed. What is None is chosen, see `accel`."""
+
+    fast: Flag = False  # the fastest safe way that this machine offers
+    precision: Text | None = None  # of the network's body: fp32, bf16, fp16 or tf32
+    compile: Flag | None = None  # torch.compile
+    cuda_graph: Flag | None = None  # one evaluation captured and replayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +158,7 @@ class Config:
     cond_y: Label | None = None  # None = a random class per image
     show_progress: Flag = True
     device: Device | None = None  # None = cuda if there is one, else cpu
+    speed: SpeedConfig = SpeedConfig()
     seed: Seed | None = None  # None = drawn afresh
     paste_known: Flag = False  # write the known pixels exactly
     dataset: DatasetConfig | None
@@ -269,6 +280,13 @@ def _null_or(kind: _Kind) -> _Kind:
     return _Kind(f"null or {kind.accepts}", parse)
 
 
+def _or_auto(kind: _Kind) -> _Kind:
+    def parse(node: yaml.Node) -> Any:
+        return "auto" if _text(node) == "auto" else kind.parse(node)
+
+    return _Kind(f"{kind.accepts}, or auto", parse)
+
+
 def _empty_or(kind: _Kind) -> _Kind:
     return _Kind(f"'' or {kind.accepts}", lambda node: kind.parse(node) if _text(node) else ())
 
@@ -287,6 +305,7 @@ FilePath = Annotated[
 ]
 Count = Annotated[int, _whole(1)]
 CountOrZero = Annotated[int, _whole(0)]
+BatchSize = Annotated[int | Literal["auto"], _or_auto(_whole(1))]
 CountOrDefault = Annotated[
     int, _number(int, "-1 or a whole number >= 1", lambda n: n == -1 or 1 <= n <= _END)
 ]
@@ -383,7 +402,7 @@ def _vocabulary(*classes: type) -> dict[str, _Kind]:
 _DENOISER = _vocabulary(NetworkConfig, DiffusionConfig) | _NO_EFFECT
 _TRAINING = _vocabulary(TrainingConfig, TrainingParams) | _DENOISER
 _SAMPLING = (
-    _vocabulary(Config, ClassifierConfig, ScheduleConfig, DatasetConfig)
+    _vocabulary(Config, SpeedConfig, ClassifierConfig, ScheduleConfig, DatasetConfig)
     | _DENOISER
     | _NO_EFFECT_IN_DATASET
 )
@@ -417,6 +436,7 @@ def load_config(
         network=file.make_network(),
         diffusion=file.make(DiffusionConfig),
         schedule=schedule,
+        speed=file.make(SpeedConfig),
         classifier=classifier if classifier.scale and classifier.path else None,
         dataset=file.make(DatasetConfig, name=file.dataset_name) if file.dataset_name else None,
     )
@@ -713,6 +733,8 @@ def _dataset_problems(values: Mapping[str, Any], image_size: int) -> _Problems:
     gt_path, mask_path = (values.get(f"data.eval.*.{key}") for key in ("gt_path", "mask_path"))
     if gt_path and mask_path and os.path.realpath(gt_path) == os.path.realpath(mask_path):
         yield "data.eval.*.mask_path", "masks in a folder of their own, apart from gt_path"
+    if values.get("data.eval.*.batch_size") == "auto" and values.get("data.eval.*.drop_last"):
+        yield "data.eval.*.drop_last", "false with batch_size auto, or a number as batch_size"
     outputs = [key for key in values if ".paths." in key]
     yield from _folder_problems(values, outputs, ["data.eval.*.gt_path", "data.eval.*.mask_path"])
 

@@ -17,6 +17,7 @@ from guided_diffusion.config import (
     DiffusionConfig,
     NetworkConfig,
     ScheduleConfig,
+    SpeedConfig,
     TrainingConfig,
     TrainingParams,
     UserError,
@@ -230,10 +231,24 @@ def test_defaults(write):
         "cond_y": None,
         "show_progress": True,
         "device": None,
+        "speed": {"fast": False, "precision": None, "compile": None, "cuda_graph": None},
         "seed": None,
         "paste_known": False,
         "dataset": None,
     }
+
+
+def test_speed_and_automatic_batch_size(write):
+    overrides = ["fast=true", "precision=bf16", "compile=false", "cuda_graph=null"]
+    config = load_config(write(USERS_FILE), [*overrides, "data.eval.faces.batch_size=auto"])
+    assert config.speed == SpeedConfig(fast=True, precision="bf16", compile=False, cuda_graph=None)
+    assert config.dataset.batch_size == "auto"
+
+
+def test_drop_last_needs_a_batch_size_that_is_known_beforehand(write):
+    overrides = ["data.eval.faces.batch_size=auto", "data.eval.faces.drop_last=true"]
+    with pytest.raises(UserError, match="drop_last: found true; accepted: false with batch_size"):
+        load_config(write(USERS_FILE), overrides)
 
 
 def test_dataset_defaults(write):
