@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, BinaryIO, TypeVar
 
@@ -23,27 +23,38 @@ DOWNLOADS = {
 
 DEMO_MODEL = "portraits64.pt"
 
-PIECE_BYTES = 2**28  # of a checkpoint, copied at a time: more pieces, less memory, more time
+PIECE = 2**26  # weights of a checkpoint placed at a time: more pieces, less memory, more time
 
 Network = TypeVar("Network", bound=nn.Module)
+Place = Callable[[str, nn.Module, dict[str, torch.Tensor]], None]
 Shapes = dict[str, tuple[int, ...]]
 Features = dict[str, str | None]  # config key -> its value; None: the shapes do not tell
 
 
-def load_weights(network: Network, path: str) -> Network:
+def place_copies(name: str, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Give a module its weights, in the types that it has and in channels_last."""
+    for key, weight in weights.items():
+        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        dtype = getattr(module, key).dtype
+        weight = weight.to(dtype, memory_format=layout, copy=True)
+        setattr(module, key, nn.Parameter(weight, requires_grad=False))
+
+
+def load_weights(network: Network, path: str, place: Place = place_copies) -> Network:
     """Fill a network built on the meta device with the weights of a checkpoint.
 
-    They come in fp32 and channels_last, in the process's own memory, which they take once: the
-    file is mapped and copied piece by piece. Raises UserError, as `load_state_dict` and if any
-    key or shape differs.
+    place: (name of a module, module, its weights in the mapped file); what it keeps of them it
+    copies, for the file is mapped and left again piece by piece, so that all weights are in memory
+    once. Raises UserError, as `load_state_dict` and if any key or shape differs.
     """
     state_dict = _matching_state_dict(network, path)
-    weights = {}
-    for keys in _pieces(state_dict):
-        weights |= {key: _own_copy(state_dict.pop(key)) for key in keys}
+    for names in _pieces(network):
+        for name in names:
+            module = network.get_submodule(name)
+            keys = {key: f"{name}.{key}" if name else key for key, _ in _own_weights(module)}
+            place(name, module, {key: state_dict.pop(full) for key, full in keys.items()})
         if _can_be_mapped(path):  # what was read of a mapping counts as used until it is closed
             state_dict = load_state_dict(path)
-    network.load_state_dict(weights, assign=True)
     return network
 
 
@@ -152,20 +163,21 @@ def _matching_state_dict(network: nn.Module, path: str) -> dict[str, torch.Tenso
     return state_dict
 
 
-def _pieces(state_dict: dict[str, torch.Tensor]) -> list[list[str]]:
-    """The keys, in pieces of about PIECE_BYTES."""
+def _own_weights(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return list(module.named_parameters(recurse=False))
+
+
+def _pieces(network: nn.Module) -> list[list[str]]:
+    """The names of the modules with weights, in pieces of about PIECE."""
     pieces, size = [[]], 0
-    for key, tensor in state_dict.items():
-        if size > PIECE_BYTES:
+    for name, module in network.named_modules():
+        weights = _own_weights(module)
+        if size > PIECE:
             pieces, size = [*pieces, []], 0
-        pieces[-1].append(key)
-        size += tensor.nbytes
+        if weights:
+            pieces[-1].append(name)
+            size += sum(weight.numel() for _, weight in weights)
     return pieces
-
-
-def _own_copy(weight: torch.Tensor) -> torch.Tensor:
-    layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
-    return weight.to(torch.float32, memory_format=layout, copy=True)
 
 
 def _is_state_dict(contents: Any) -> bool:

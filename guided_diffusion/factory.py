@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import torch
 
-from guided_diffusion import storage
-from guided_diffusion.checkpoint import check_weights, load_weights
+from guided_diffusion import accel, storage
+from guided_diffusion.accel import Speed, load_network
+from guided_diffusion.checkpoint import check_weights
 from guided_diffusion.config import (
     CHANNEL_MULT_BY_IMAGE_SIZE,
     ClassifierConfig,
@@ -18,7 +19,7 @@ from guided_diffusion.config import (
     UserError,
     load_config,
 )
-from guided_diffusion.denoiser import Denoiser, guided, network_denoiser
+from guided_diffusion.denoiser import Denoiser, Network, guided, network_denoiser
 from guided_diffusion.gaussian_diffusion import beta_schedule
 from guided_diffusion.image_datasets import encode_png, picture_grid, to_bytes
 from guided_diffusion.inpainter import Inpainter
@@ -41,18 +42,19 @@ def load_inpainter(
     """
     config = load_config(conf_path, overrides, require_data=False)
     config = replace(config, device=device or config.device)
-    return build_inpainter(config, build_times(config))
+    speed = choose_speed(config, pick_device(config.device))
+    return build_inpainter(config, build_times(config), speed)
 
 
-def build_inpainter(config: Config, times: Sequence[int]) -> Inpainter:
+def build_inpainter(config: Config, times: Sequence[int], speed: Speed) -> Inpainter:
     """The inpainter of a config, its weights loaded. Raises UserError.
 
-    times: what the sampler walks, see `build_times`.
+    times: what the sampler walks, see `build_times`; speed: see `choose_speed`.
     """
     device = pick_device(config.device)
     process = build_process(config, device)
     return Inpainter(
-        _build_denoiser(config, process, device),
+        _build_denoiser(config, process, device, speed),
         process.diffusion,
         times,
         config.network.image_size,
@@ -66,8 +68,11 @@ def build_inpainter(config: Config, times: Sequence[int]) -> Inpainter:
 
 def check_checkpoints(config: Config) -> None:
     """Compare every key and shape of the checkpoints with the config. Raises UserError."""
-    for network, path, _ in _meta_networks(config):
-        check_weights(network, path)
+    with torch.device("meta"):
+        check_weights(UNet(unet_params(config.network)), config.model_path)
+        if c := config.classifier:
+            params = classifier_params(c, config.network.image_size)
+            check_weights(Classifier(params), c.path)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -86,6 +91,20 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps was asked for, but torch finds none; use device: cpu")
     return device
+
+
+def choose_speed(config: Config, device: torch.device) -> Speed:
+    """How the denoiser will be computed. Raises UserError for what the device does not offer."""
+    if config.classifier:
+        accel.choose_speed(config.speed, config.classifier.use_fp16, device)
+    return accel.choose_speed(config.speed, config.network.use_fp16, device)
+
+
+def build_network(config: Config, device: torch.device, speed: Speed) -> Network:
+    """The denoising network alone, weights loaded: (x_t, t[, y]) -> output. Raises UserError."""
+    with torch.device("meta"):
+        network = UNet(unet_params(config.network))
+    return load_network(network, config.model_path, speed, device)
 
 
 def build_process(config: Config | TrainingConfig, device: torch.device | str = "cpu") -> Process:
@@ -135,13 +154,12 @@ def _check_time_shift(config: Config, times: list[int], steps: int) -> None:
         )
 
 
-def _build_denoiser(config: Config, process: Process, device: torch.device) -> Denoiser:
+def _build_denoiser(
+    config: Config, process: Process, device: torch.device, speed: Speed
+) -> Denoiser:
     check_checkpoints(config)  # all of them, before any weight is loaded
-    network, *classifier = (
-        _load(network, path, use_fp16, device) for network, path, use_fp16 in _meta_networks(config)
-    )
     denoiser = network_denoiser(
-        network,
+        build_network(config, device, speed),
         process,
         class_cond=config.network.class_cond,
         predict_xstart=config.diffusion.predict_xstart,
@@ -149,30 +167,16 @@ def _build_denoiser(config: Config, process: Process, device: torch.device) -> D
     )
     if config.classifier is None:
         return denoiser
-    return guided(denoiser, classifier[0], process, config.classifier.scale)
+    classifier = _build_classifier(config, device)
+    return guided(denoiser, classifier, process, config.classifier.scale)
 
 
-def _load(
-    network: UNet | Classifier, path: str, use_fp16: bool, device: torch.device
-) -> UNet | Classifier:
-    load_weights(network, path)
-    if use_fp16:
-        network.convert_blocks(torch.float16)
-    return network.to(device).eval().requires_grad_(False)
-
-
-def _meta_networks(config: Config) -> list[tuple[UNet | Classifier, str, bool]]:
-    """Denoiser and, for guidance, classifier, each with its checkpoint and its use_fp16.
-
-    On the meta device: without memory for weights, which the checkpoints bring along.
-    """
-    network, classifier = config.network, config.classifier
+def _build_classifier(config: Config, device: torch.device) -> Network:
+    c = config.classifier
+    speed = accel.choose_speed(config.speed, c.use_fp16, device)
     with torch.device("meta"):
-        networks = [(UNet(unet_params(network)), config.model_path, network.use_fp16)]
-        if classifier:
-            params = classifier_params(classifier, network.image_size)
-            networks.append((Classifier(params), classifier.path, classifier.use_fp16))
-    return networks
+        classifier = Classifier(classifier_params(c, config.network.image_size))
+    return load_network(classifier, c.path, speed, device, gradients=True)
 
 
 def unet_params(network: NetworkConfig) -> UNetParams:

@@ -13,8 +13,19 @@ class GroupNorm32(nn.GroupNorm):
     def __init__(self, channels: int):
         super().__init__(32, channels, eps=1e-5)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.float()).to(x.dtype)
+    def forward(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: (B, C, ...). scale, shift: (B, C) in fp32; given, the norm is times 1 + scale, plus
+        shift. Returns the shape and type of x.
+        """
+        h = super().forward(x.float())
+        if scale is not None:
+            h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        return h.to(x.dtype)
 
 
 class PointwiseConv(nn.Conv1d):

@@ -108,12 +108,15 @@ class ResBlock(nn.Module):
         norm, silu, conv = self.in_layers
         h = conv(self.resample(silu(norm(x))))
         x = self.skip_connection(self.resample(x))
-        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        emb = self.emb_layers(emb)
+        norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            return x + self.out_layers[1:](h)
-        return x + self.out_layers(h + emb)
+            h = norm(h, *emb.chunk(2, dim=1))
+        else:
+            h = norm(h + emb.to(h.dtype)[:, :, None, None])
+        for layer in rest:
+            h = layer(h)
+        return x + h
 
 
 class AttentionBlock(nn.Module):
@@ -153,6 +156,14 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(upsample(x))
+
+
+def picture_scale(layer: nn.Module) -> float:
+    """How a layer of a block changes the side of the pictures: 2, 1/2 or 1 times."""
+    resample = layer.resample if isinstance(layer, ResBlock) else None
+    if resample is upsample or isinstance(layer, Upsample):
+        return 2
+    return 0.5 if resample is downsample or isinstance(layer, Downsample) else 1
 
 
 class Block(nn.Sequential):

@@ -118,7 +118,7 @@ def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
     script = """
 import re, sys, torch
 from guided_diffusion import checkpoint
-checkpoint.PIECE_BYTES = 2**24
+checkpoint.PIECE = 2**22
 with torch.device("meta"):
     network = torch.nn.Sequential(*[torch.nn.Conv2d(512, 512, 4) for _ in range(16)])
 torch.save({"warm": torch.zeros(1)}, sys.argv[1] + ".warm")
@@ -137,7 +137,7 @@ print(peak() - before)
 
 
 def test_a_checkpoint_in_many_pieces_is_whole(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(checkpoint, "PIECE", 300)
     torch.save(tiny, tmp_path / "zip.pt")
     torch.save(tiny, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("zip.pt", "old.pt"):
