@@ -3,7 +3,8 @@
 A denoiser is a function (x_t, t, y) -> ReverseStep; y: (B,) classes, which it may ignore.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,3 +55,56 @@ def guided(denoiser: Denoiser, classifier: Network, process: Process, scale: flo
         return ReverseStep(mean, p.log_variance, p.pred_x0)
 
     return denoise
+
+
+class NonFiniteError(ArithmeticError):
+    """The network put out what is no number, as after an overflow."""
+
+    def __init__(self, images: Sequence[int], step: int):
+        super().__init__(f"not finite at step {step}, in images {list(images)} of the batch")
+        self.images = images  # indices in the batch
+        self.step = step  # t
+
+
+class FiniteCheck:
+    """A denoiser that raises NonFiniteError soon after the first value that is not finite.
+
+    On a GPU, waiting for each answer would leave it idle, so that answers are looked at when they
+    have come, up to `late` evaluations later, and the rest by `finish`.
+    """
+
+    late = 2
+
+    def __init__(self, denoiser: Callable[[torch.Tensor, int], ReverseStep]):
+        self.denoiser = denoiser
+        self.answers: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+
+    def __call__(self, x_t: torch.Tensor, t: int) -> ReverseStep:
+        p = self.denoiser(x_t, t)
+        finite = torch.isfinite(p.mean + p.log_variance).flatten(1).all(dim=1)  # (B,)
+        self.answers.append((t, *_fetch(finite)))
+        self._look(self.late if finite.is_cuda else 0)
+        return p
+
+    def finish(self) -> None:
+        """Look at all answers."""
+        self._look(0)
+
+    def _look(self, left: int) -> None:
+        while len(self.answers) > left:
+            step, finite, arrival = self.answers.popleft()
+            if arrival is not None:
+                arrival.synchronize()
+            if not finite.all():
+                raise NonFiniteError((~finite).nonzero().flatten().tolist(), step)
+
+
+def _fetch(answer: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy on the CPU, and on CUDA the event after which it is there."""
+    if not answer.is_cuda:
+        return answer.cpu(), None
+    copy = torch.empty_like(answer, device="cpu", pin_memory=True)
+    copy.copy_(answer, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record()
+    return copy, arrival

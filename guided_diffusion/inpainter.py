@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from guided_diffusion.denoiser import Denoiser
+from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import (
     image_to_tensor,
@@ -88,7 +88,10 @@ class Inpainter:
         seeds: Sequence[int],
         progress: Progress | None = None,
     ) -> torch.Tensor:
-        """The sampler's own output for a batch, one seed an image; shapes as in `__call__`."""
+        """The sampler's own output for a batch, one seed an image; shapes as in `__call__`.
+
+        Raises NonFiniteError where the network's output is not finite.
+        """
         device = self.diffusion.device
         streams = Streams(seeds, device)
         if self.cond_y is None:
@@ -99,8 +102,9 @@ class Inpainter:
             tensor.to(device).contiguous(memory_format=torch.channels_last)
             for tensor in (gt, keep_mask.expand_as(gt))
         )
+        denoise = FiniteCheck(lambda x_t, t: self.denoiser(x_t, t, y))
         x = repaint(
-            lambda x_t, t: self.denoiser(x_t, t, y),
+            denoise,
             self.diffusion,
             self.times,
             gt,
@@ -110,6 +114,7 @@ class Inpainter:
             time_shift=self.time_shift,
             progress=progress and _Counter(progress, self.evaluations),
         )
+        denoise.finish()
         return x.cpu()
 
     def _inpaint_tensors(
