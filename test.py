@@ -59,16 +59,18 @@ def run(config: Config, dry_run: bool) -> None:
     from guided_diffusion import factory, runner
 
     device = factory.pick_device(config.device)
+    speed = factory.choose_speed(config, device)
     times = factory.build_times(config)
-    plan = runner.make_plan(config, times)
+    plan = runner.make_plan(config, times, device)
     if dry_run:
         factory.check_checkpoints(config)
-        print(plan.describe(device))
+        print(plan.describe(device, speed))
         print("everything is in order; nothing was sampled or written (--dry-run)")
         return
-    inpainter = factory.build_inpainter(plan.config, times)
-    print(plan.describe(device), flush=True)
-    runner.run(plan, inpainter)
+    inpainter = factory.build_inpainter(plan.config, times, speed)
+    plan = runner.fit_batch_size(plan, inpainter)
+    print(plan.describe(device, speed), flush=True)
+    runner.run(plan, inpainter, speed)
     print(f"results: {plan.dataset.inpainted_dir} (settings and times: {plan.record_path})")
 
 

@@ -1,5 +1,6 @@
 """One run: the plan, the batches, the files. Knows an inpainter, not how it is made."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,16 +10,17 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from guided_diffusion import storage
+from guided_diffusion import memory, storage
+from guided_diffusion.accel import DTYPES, Speed, offered_precisions
 from guided_diffusion.config import Config, DatasetConfig, UserError, to_yaml_dict
+from guided_diffusion.denoiser import NonFiniteError
 from guided_diffusion.image_datasets import (
     Example,
     Pair,
@@ -30,7 +32,8 @@ from guided_diffusion.image_datasets import (
     paste_known,
     to_bytes,
 )
-from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.inpainter import Inpainter, Progress
+from guided_diffusion.progress import ProgressReport
 from guided_diffusion.scheduler import count_evaluations
 
 MAX_SEED = 2**31 - 1  # of seeds drawn afresh: short enough to type
@@ -43,12 +46,13 @@ class Plan:
     config: Config  # with the seed that will be used
     dataset: DatasetConfig
     seed: int
-    batches: list[list[Pair]]
+    pairs: list[Pair]  # in the order of work
+    batch_size: int | Literal["auto"]  # to begin with; auto: still to be measured
     evaluations: int  # of the network, per image
 
     @property
     def images(self) -> int:
-        return sum(map(len, self.batches))
+        return len(self.pairs)
 
     @property
     def total_evaluations(self) -> int:
@@ -60,19 +64,21 @@ class Plan:
         """Where run.json goes: beside the folder of the results."""
         return os.path.join(os.path.dirname(self.dataset.inpainted_dir.rstrip("/")), "run.json")
 
-    def describe(self, device: torch.device) -> str:
+    def describe(self, device: torch.device, speed: Speed) -> str:
         """A few lines for people."""
         d = self.dataset
+        measured = d.batch_size == "auto" and self.batch_size != "auto"
         return (
             f"{self.config.name}: {_counted(self.images, 'image')} from {d.gt_path}, "
-            f"masks from {d.mask_path}, batch size {d.batch_size}\n"
+            f"masks from {d.mask_path}, batch size {self.batch_size}{' (auto)' * measured}\n"
             f"{_counted(self.evaluations, 'network evaluation')} per image, "
             f"{self.total_evaluations:,} in all\n"
-            f"seed {self.seed} (to repeat this run: --set seed={self.seed}), device {device}"
+            f"seed {self.seed} (to repeat this run: --set seed={self.seed})\n"
+            f"device {device}, {speed.describe()}"
         )
 
 
-def make_plan(config: Config, times: Sequence[int]) -> Plan:
+def make_plan(config: Config, times: Sequence[int], device: torch.device) -> Plan:
     """Pair and check all inputs and outputs. Raises UserError for what cannot work."""
     dataset = config.dataset
     if dataset is None:
@@ -85,32 +91,104 @@ def make_plan(config: Config, times: Sequence[int]) -> Plan:
     if not dataset.deterministic:
         random.Random(seed).shuffle(pairs)
     size = dataset.batch_size
-    batches = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    if dataset.drop_last and len(batches[-1]) < size:
-        batches.pop()
-    if not batches:
+    if size == "auto" and device.type != "cuda":
+        size = 1  # elsewhere, larger batches are hardly faster
+    if dataset.drop_last:
+        pairs = _whole_batches(pairs, size, config.source)
+    return Plan(replace(config, seed=seed), dataset, seed, pairs, size, count_evaluations(times))
+
+
+def _whole_batches(pairs: list[Pair], size: int, source: str) -> list[Pair]:
+    if len(pairs) < size:
         raise UserError(
-            f"{config.source}: drop_last leaves no batch: there are {len(pairs)} image(s), fewer "
-            f"than batch_size {size}; set drop_last: false"
+            f"{source}: drop_last leaves no batch: there are {len(pairs)} image(s), fewer than "
+            f"batch_size {size}; set drop_last: false"
         )
-    config = replace(config, seed=seed)
-    return Plan(config, dataset, seed, batches, count_evaluations(times))
+    return pairs[: len(pairs) - len(pairs) % size]
 
 
-def run(plan: Plan, inpainter: Inpainter) -> None:
-    """Inpaint all images of the plan and write the results, and run.json beside them."""
-    record = _RunRecord(plan, inpainter.diffusion.device)
+def fit_batch_size(plan: Plan, inpainter: Inpainter) -> Plan:
+    """The plan with a number for a batch size that is `auto`: the most that a GPU holds."""
+    if plan.batch_size != "auto":
+        return plan
+    first_step = replace(inpainter, times=(inpainter.times[0], -1))
+
+    def evaluate(images: int) -> None:
+        blank = torch.zeros(images, 3, inpainter.image_size, inpainter.image_size)
+        with contextlib.suppress(NonFiniteError):  # the run will tell, with the image's name
+            first_step.sample(blank, blank, range(images))
+
+    device = inpainter.diffusion.device
+    return replace(
+        plan, batch_size=memory.measure_largest_batch(evaluate, device, most=plan.images)
+    )
+
+
+def run(plan: Plan, inpainter: Inpainter, speed: Speed) -> None:
+    """Inpaint all images of the plan and write the results, and run.json beside them.
+
+    plan: its batch size a number, see `fit_batch_size`. speed: the inpainter's. Raises UserError;
+    what was written before is complete.
+    """
+    record = _RunRecord(plan, inpainter.diffusion.device, speed)
     record.write()
-    with _ProgressReport(plan) as report:
-        for batch in plan.batches:
+    size, done = plan.batch_size, 0
+    with ProgressReport(plan.images, plan.evaluations, plan.config.show_progress) as report:
+        while done < plan.images:
             start = time.monotonic()
-            examples = [_load(plan, pair) for pair in batch]
-            report.start_batch(batch)
-            results = _inpaint(plan, inpainter, batch, examples, report)
-            for pair, example, result in zip(batch, examples, results, strict=True):
-                _write_outputs(plan.dataset, pair, example, result)
-            record.add(batch, time.monotonic() - start)
-    record.finish()
+            batch = plan.pairs[done : done + size]
+            report.start_batch(done, len(batch))
+            if _finish(plan, inpainter, speed, batch, report):
+                record.add(batch, time.monotonic() - start)
+                done += len(batch)
+            else:
+                memory.release()
+                size = _halved(len(batch), inpainter.diffusion.device, speed)
+                report.take_back_batch(
+                    f"not enough memory for {len(batch)} images at a time; going on with {size}"
+                )
+    record.finish(size)
+
+
+def _finish(
+    plan: Plan, inpainter: Inpainter, speed: Speed, batch: Sequence[Pair], report: ProgressReport
+) -> bool:
+    """Inpaint a batch and write its results; False if memory does not suffice for it."""
+    examples = [_load(plan, pair) for pair in batch]
+    try:
+        results = _inpaint(plan, inpainter, batch, examples, report.evaluation_done)
+    except torch.cuda.OutOfMemoryError:
+        return False  # and nothing refers any more to what the attempt has made
+    except NonFiniteError as error:
+        names = [batch[i].name for i in error.images]
+        others = f" and {len(names) - 1} more" if names[1:] else ""
+        raise UserError(
+            f"{names[0]}{others}: what the network predicts is not finite (NaN or infinity) at "
+            f"step {error.step}, after {report.batch_calls} of {plan.evaluations} evaluations; "
+            f"{_remedy(plan, inpainter.diffusion.device, speed)}"
+        ) from error
+    for pair, example, result in zip(batch, examples, results, strict=True):
+        _write_outputs(plan.dataset, pair, example, result)
+    return True
+
+
+def _halved(batch_size: int, device: torch.device, speed: Speed) -> int:
+    """The size to go on with where memory does not suffice. Raises UserError if there is none."""
+    if batch_size > 1:
+        return batch_size // 2
+    remedies = ["device: cpu"]
+    if speed.dtype.itemsize == 4:
+        half = [name for name in offered_precisions(device) if DTYPES[name].itemsize == 2]
+        remedies.insert(0, f"precision: {' or '.join(half)} (half the memory)")
+    raise UserError(f"{device} has not enough memory for one image; set {', or '.join(remedies)}")
+
+
+def _remedy(plan: Plan, device: torch.device, speed: Speed) -> str:
+    """What to do where the network's output is not finite."""
+    if speed.precision == "fp16":
+        others = [name for name in offered_precisions(device) if name != "fp16"]
+        return f"fp16 has no larger numbers than 65504: set precision: {' or '.join(others)}"
+    return f"the checkpoint is likely damaged: download {plan.config.model_path} again"
 
 
 def _load(plan: Plan, pair: Pair) -> Example:
@@ -123,19 +201,13 @@ def _inpaint(
     inpainter: Inpainter,
     batch: Sequence[Pair],
     examples: Sequence[Example],
-    report: "_ProgressReport",
+    progress: Progress,
 ) -> np.ndarray:
     """The results of a batch, uint8 (B, S, S, 3)."""
     gt = torch.stack([example.image for example in examples])
     keep_mask = torch.stack([example.keep_mask for example in examples])
     seeds = [plan.seed + pair.index for pair in batch]
-    try:
-        results = to_bytes(inpainter.sample(gt, keep_mask, seeds, report.evaluation_done))
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU has not enough memory for {_counted(len(batch), 'image')} at a time; lower "
-            f"data.eval.{plan.dataset.name}.batch_size, or set device: cpu"
-        ) from error
+    results = to_bytes(inpainter.sample(gt, keep_mask, seeds, progress))
     if inpainter.paste_known:
         originals = np.stack([example.image_bytes for example in examples])
         results = paste_known(results, originals, keep_mask)
@@ -187,7 +259,7 @@ def _check_output_folder(folder: str) -> None:
 class _RunRecord:
     """run.json: what was run, on what, and how long it took; complete once `finished` is true."""
 
-    def __init__(self, plan: Plan, device: torch.device):
+    def __init__(self, plan: Plan, device: torch.device, speed: Speed):
         self.path = plan.record_path
         self.seconds: dict[str, float] = {}
         self.content: dict[str, Any] = {
@@ -195,6 +267,8 @@ class _RunRecord:
             "config": to_yaml_dict(plan.config),
             "seed": plan.seed,
             "device": str(device),
+            "speed": asdict(speed),
+            "batch_size": plan.batch_size,
             "versions": _versions(),
             "images": plan.images,
             "evaluations_per_image": plan.evaluations,
@@ -213,7 +287,9 @@ class _RunRecord:
         """Note that a batch is written; its images share the time that it took."""
         self.seconds |= {pair.name: round(seconds / len(batch), 3) for pair in batch}
 
-    def finish(self) -> None:
+    def finish(self, batch_size: int) -> None:
+        """batch_size: what was left of it in the end."""
+        self.content["batch_size"] = batch_size
         self.content["checkpoints"] = [future.result() for future in self.checkpoints]
         self.content["finished"] = True
         self.write()
@@ -236,72 +312,6 @@ def _fingerprint(path: str) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "numpy", "pillow")}
     return {"python": platform.python_version(), **packages}
-
-
-class _ProgressReport:
-    """One bar over all evaluations of a run, and an early word on how long it will take."""
-
-    warm_up = 1  # calls of the network that are not timed: the first is always slow
-    timed = 4  # calls that the estimate is made from
-    bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-
-    def __init__(self, plan: Plan):
-        self.show_bar = plan.config.show_progress
-        self.images = plan.images
-        self.total = plan.total_evaluations
-        self.images_started = self.batch_size = 0
-        self.calls = self.done = 0  # a call is one evaluation for each image of the batch
-        self.timed_from = (0.0, 0)  # (seconds, evaluations done)
-
-    def __enter__(self) -> "_ProgressReport":
-        self.bar = tqdm(
-            total=self.total,
-            unit=" evaluations",
-            disable=not self.show_bar,
-            bar_format=self.bar_format,
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def start_batch(self, batch: Sequence[Pair]) -> None:
-        first, self.batch_size = self.images_started + 1, len(batch)
-        self.images_started += len(batch)
-        images = f"{first}" if len(batch) == 1 else f"{first}-{self.images_started}"
-        self.bar.set_description(f"image {images} of {self.images}")
-
-    def evaluation_done(self, done: int, total: int, pred_x0: torch.Tensor) -> None:
-        self.bar.update(self.batch_size)
-        self.calls += 1
-        self.done += self.batch_size
-        if self.calls == self.warm_up:
-            self.timed_from = (_now(pred_x0), self.done)
-        elif self.calls == self.warm_up + self.timed and self.done < self.total:
-            self._announce(_now(pred_x0))
-
-    def _announce(self, now: float) -> None:
-        start, done_before = self.timed_from
-        seconds = (now - start) / (self.done - done_before)
-        left = _duration(seconds * (self.total - self.done))
-        with tqdm.external_write_mode():
-            print(f"about {left} left ({_duration(seconds)} per evaluation)", flush=True)
-
-
-def _now(pred_x0: torch.Tensor) -> float:
-    """The time at which this tensor is there; until it is asked for, a GPU is still at work."""
-    pred_x0[0, 0, 0, 0].item()
-    return time.monotonic()
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _counted(number: int, noun: str) -> str:

@@ -29,6 +29,7 @@ from PIL import Image
 from guided_diffusion import factory, storage
 from guided_diffusion.config import load_config
 from guided_diffusion.image_datasets import load_prepared
+from guided_diffusion.inpainter import Inpainter
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -172,10 +173,11 @@ def finished(tmp_path_factory) -> Finished:
 def test_a_run_says_what_it_will_do_and_where_the_results_are(finished):
     result = finished.result
     assert result.status == 0, result.err
-    plan, evaluations, seed, left, results = result.out.splitlines()
+    plan, evaluations, seed, speed, left, results = result.out.splitlines()
     assert plan == "resample: 3 images from gts, masks from masks, batch size 2"
     assert evaluations == "5 network evaluations per image, 15 in all"
-    assert seed == "seed 10 (to repeat this run: --set seed=10), device cpu"
+    assert seed == "seed 10 (to repeat this run: --set seed=10)"
+    assert speed == "device cpu, fp32"
     assert re.fullmatch(r"about [0-9.e-]+ (s|min) left \([0-9.e-]+ s per evaluation\)", left)
     assert results == "results: out/inpainted (settings and times: out/run.json)"
 
@@ -206,6 +208,8 @@ def test_run_json_tells_what_was_run(finished):
     assert record["finished"] is True
     assert (record["seed"], record["device"], record["images"]) == (10, "cpu", 3)
     assert (record["evaluations_per_image"], record["evaluations"]) == (EVALUATIONS, 15)
+    plain = {"precision": "fp32", "compile": False, "cuda_graph": False, "reason": ""}
+    assert (record["speed"], record["batch_size"]) == (plain, 2)
     assert record["versions"]["torch"] == torch.__version__
     assert set(record["versions"]) == {"python", "torch", "numpy", "pillow"}
     assert list(record["seconds_per_image"]) == ["000000.png", "000001.png", "000002.png"]
@@ -275,6 +279,81 @@ def test_a_seed_drawn_afresh_is_told_and_repeats_the_run(case, plain):
     assert differ(drawn, plain)
     case.write_to("again")
     assert_same(case.finish("--set", f"seed={seeds[1]}"), drawn)
+
+
+# ---- What a run does at a time, and how fast ----
+
+
+def out_of_memory_above(images: int) -> Callable[..., torch.Tensor]:
+    """`Inpainter.sample` on a GPU that holds so many images."""
+    sample = Inpainter.sample
+
+    def sample_few(inpainter, gt, keep_mask, seeds, progress=None):
+        def run_out(done, total, x_0):
+            progress(done, total, x_0)
+            if len(seeds) > images:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+        return sample(inpainter, gt, keep_mask, seeds, run_out)
+
+    return sample_few
+
+
+def test_a_batch_that_does_not_fit_costs_one_line_and_no_image(case, plain):
+    case.dataset["batch_size"] = 2
+    with patch.object(Inpainter, "sample", out_of_memory_above(1)):
+        result = case.run()
+    assert result.status == 0
+    assert result.err == "warning: not enough memory for 2 images at a time; going on with 1\n"
+    assert_same(case.written(), plain)
+    record = case.record()
+    assert (record["finished"], record["batch_size"]) == (True, 1)
+    assert record["config"]["data"]["eval"]["resample"]["batch_size"] == 2
+
+
+def test_an_image_that_does_not_fit_is_one_line(case):
+    with patch.object(Inpainter, "sample", out_of_memory_above(0)):
+        result = case.run()
+    assert result.status == 2
+    assert re.fullmatch(r"error: cpu has not enough memory for one image; set .*\n", result.err)
+    assert case.written() == {}
+
+
+def test_batch_size_auto_is_one_on_a_cpu(case, plain):
+    case.dataset["batch_size"] = "auto"
+    assert "batch size 1 (auto)\n" in case.run("--dry-run").out
+    assert_same(case.finish(), plain)
+    record = case.record()
+    assert record["batch_size"] == 1
+    assert record["config"]["data"]["eval"]["resample"]["batch_size"] == "auto"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+def test_the_precision_is_told_before_the_run(case, arguments):
+    result = case.run(*arguments, "--set", "precision=bf16")
+    assert result.status == 0 and "\ndevice cpu, bf16\n" in result.out
+    assert arguments or case.record()["speed"]["precision"] == "bf16"
+
+
+def test_fast_says_what_it_chose_and_why(case):
+    result = case.run("--set", "fast=true")
+    assert result.status == 0, result.err
+    speed = case.record()["speed"]
+    assert speed["reason"].startswith("fast: ")
+    assert re.search(rf"\ndevice cpu, {speed['precision']}.* \(fast: .*\)\n", result.out)
+    assert f" ({speed['reason']})\n" in result.out
+
+
+def test_a_network_that_puts_out_no_numbers_stops_the_run(case):
+    state_dict = torch.load(GOLDEN / "tiny32.pt", weights_only=True)
+    state_dict["out.2.bias"][0] = math.nan
+    torch.save(state_dict, case.folder / "damaged.pt")
+    result = case.run("--set", f"model_path={case.folder / 'damaged.pt'}")
+    assert result.status == 2
+    (error,) = result.err.splitlines()
+    assert error.startswith("error: 000000.png: what the network predicts is not finite")
+    assert "at step 2, after 0 of 5 evaluations; the checkpoint is likely damaged" in error
+    assert case.written() == {}
 
 
 # ---- What is refused ----
@@ -364,6 +443,19 @@ BAD_INPUT: dict[str, tuple[Callable[[Case], object], list[str]]] = {
     "respacing": (_edit(timestep_respacing="ddim333"), ["timestep_respacing", "333"]),
     "time shift": (_edit(inpa_inj_time_shift=9), ["inpa_inj_time_shift: found 9", "accepted: 1"]),
     "no such setting": (_edit("data", image_size=64), ["image_size: found 64", "32"]),
+    # Speed.
+    "unknown precision": (
+        _edit(precision="fp8"),
+        ["precision: found fp8", "fp32, bf16"],
+    ),
+    "tf32 without CUDA": (
+        _edit(precision="tf32"),
+        ["precision: found tf32", "fp32, bf16"],
+    ),
+    "CUDA graph without CUDA": (
+        _edit(cuda_graph=True),
+        ["cuda_graph: found true", "needs CUDA"],
+    ),
     # Checkpoints.
     "published checkpoint missing": (
         _edit(model_path="nowhere/places256_300000.pt"),
