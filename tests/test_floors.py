@@ -2,13 +2,14 @@
 
 | floor | modules |
 | --- | --- |
-| 0 | config, storage, nn, gaussian_diffusion |
+| 0 | config, storage, nn, gaussian_diffusion, winograd, memory, progress |
 | 1 | unet, respace, checkpoint, image_datasets, scheduler |
-| 2 | repaint, denoiser, training/* |
+| 2 | repaint, denoiser, accel, training/* |
 | 3 | inpainter |
 | 4 | factory, runner |
-| 5 | the package's own front (`__init__`), and the entry scripts: test.py, train.py |
-| 6 | data/*.py, scripts that use the package as its users do |
+| 5 | benchmarking; the package's own front (`__init__`) |
+| 6 | the entry scripts: test.py, train.py, benchmark.py |
+| 7 | data/*.py, scripts that use the package as its users do |
 
 A module imports from strictly lower floors only; those inside training/ also from one another.
 """
@@ -25,12 +26,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "guided_diffusion"
 FLOORS = (
-    ("config", "storage", "nn", "gaussian_diffusion"),
+    ("config", "storage", "nn", "gaussian_diffusion", "winograd", "memory", "progress"),
     ("unet", "respace", "checkpoint", "image_datasets", "scheduler"),
-    ("repaint", "denoiser", "training.*"),
+    ("repaint", "denoiser", "accel", "training.*"),
     ("inpainter",),
     ("factory", "runner"),
-    ("__init__", "test.py", "train.py"),
+    ("benchmarking", "__init__"),
+    ("test.py", "train.py", "benchmark.py"),
     ("data/*.py",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
