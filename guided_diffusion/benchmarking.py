@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import factory
-from guided_diffusion.accel import Speed
+from guided_diffusion.accel import FusedGroupNorm, Speed
 from guided_diffusion.checkpoint import load_state_dict
 from guided_diffusion.config import Config, UserError
-from guided_diffusion.denoiser import Network
-from guided_diffusion.scheduler import count_evaluations
-from guided_diffusion.unet import UNet, UNetParams
+from guided_diffusion.denoiser import Network, network_denoiser
+from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.nn import GroupNorm32
+from guided_diffusion.scheduler import count_evaluations, plain_times
+from guided_diffusion.unet import AttentionBlock, UNet, UNetParams
+from guided_diffusion.winograd import PackedConv2d, WinogradConv2d
 
 # Evaluations come in pairs, a plain one and a fast one.
 SECONDS_FOR_PAIRS = 90  # for as many as fit; a large network on two cores takes 5 to 20 s for one
@@ -43,6 +47,8 @@ LEAST_PAIRS, MOST_PAIRS = 3, 50
 LARGEST = 6  # convolutions of the network that the ceiling is looked for among
 CEILING_RUNS = 5  # of each, the best one counts
 GPU_MATRIX = 8192  # side of a matrix product that keeps any GPU busy
+
+STEPS_FOR_SAMPLER = 25
 
 WIDTH = 88  # of the notes below the table, in characters
 
@@ -78,6 +84,8 @@ class Figures:
     evaluations_per_image: int
     times: list[float]  # milliseconds of each evaluation
     plain_times: list[float]
+    shares: dict[str, float]  # part of the network -> its share of the time; {}: not known
+    sampler_ms: float  # what the sampler adds to an evaluation
     ceiling: Ceiling
     first: FirstEvaluation
 
@@ -115,6 +123,8 @@ class Figures:
             "plain_ms_per_evaluation": self.plain_ms,
             "plain_ms_spread": [min(self.plain_times), max(self.plain_times)],
             "ratio_to_plain": self.ratio_to_plain,
+            "shares_of_time": self.shares,
+            "sampler_ms_per_evaluation": self.sampler_ms,
             "images_per_hour": self.images_per_hour(self.ms),
             "tflops": self.tflops(self.ms),
             "ceiling_tflops": self.ceiling.tflops,
@@ -149,6 +159,8 @@ class Figures:
             ("milliseconds an evaluation, median", *map(_digits, medians)),
             ("    fastest", *(_digits(min(times)) for _, times in both)),
             ("    slowest", *(_digits(max(times)) for _, times in both)),
+            *((f"    {part}", f"{share:.1%}", "") for part, share in self.shares.items()),
+            ("    the sampler adds", _digits(self.sampler_ms), ""),
             (
                 f"images per hour, at {self.evaluations_per_image:,} evaluations",
                 *(_digits(self.images_per_hour(ms)) for ms in medians),
@@ -163,8 +175,8 @@ class Figures:
 
     def _foot(self) -> list[str]:
         notes = [
-            "plain: eager, fp32, NCHW, attention by explicit softmax, as the original runs. Both "
-            f"were evaluated {len(self.times)} times, in turns.",
+            "plain: eager, fp32, NCHW, attention by explicit softmax, in a process of its own, as "
+            f"the original runs. Both were evaluated {len(self.times)} times, in turns.",
             "TFLOP: a multiply-add counts as two, and a convolution as its plain sum of products. "
             "Winograd's need fewer, so that the share of the ceiling may exceed 100 %.",
             f"ceiling: {self.ceiling.operation}, the best of this network's large convolutions "
@@ -195,8 +207,8 @@ def measure(config: Config, settings: Sequence[str], batch: int) -> Figures:
             _note("looking for the ceiling")
             ceiling = measure_ceiling(network, batch, speed, device)
             _note("evaluating the network in turns with the plain one, for up to two minutes")
-            inputs = example(network.params, batch, device)
-            series = _measure_pairs(replace(config, model_path=path), speed, device, inputs)
+            here = replace(config, model_path=path)
+            series, shares = _measure_network(here, speed, device, batch)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
             f"the GPU has not enough memory for --batch {batch}; lower it, or --set device=cpu"
@@ -212,6 +224,8 @@ def measure(config: Config, settings: Sequence[str], batch: int) -> Figures:
         evaluations_per_image=count_evaluations(times),
         times=series[0],
         plain_times=series[1],
+        shares=shares,
+        sampler_ms=sampler_milliseconds(config, device, batch),
         ceiling=ceiling,
         first=first,
     )
@@ -268,14 +282,65 @@ def plain_network(config: Config, device: torch.device) -> Network:
 
 
 @torch.no_grad()
-def _measure_pairs(
-    config: Config, speed: Speed, device: torch.device, inputs: Sequence[torch.Tensor]
-) -> list[list[float]]:
-    """Milliseconds of evaluations: at the speed, and of as many plain ones."""
-    network, plain = factory.build_network(config, device, speed), plain_network(config, device)
-    x, *others = inputs
-    channels_last = x.contiguous(memory_format=torch.channels_last)
-    return alternate([lambda: network(channels_last, *others), lambda: plain(x, *others)], device)
+def _measure_network(
+    config: Config, speed: Speed, device: torch.device, batch: int
+) -> tuple[list[list[float]], dict[str, float]]:
+    """Milliseconds of evaluations, and of as many plain ones; and see `time_shares`."""
+    network = factory.build_network(config, device, speed)
+    x, *others = example(factory.unet_params(config.network), batch, device)
+    inputs = [x.contiguous(memory_format=torch.channels_last), *others]
+    with _PlainProcess(config, device, batch) as plain:
+        series = alternate(
+            [lambda: milliseconds(lambda: network(*inputs), device), plain.milliseconds], device
+        )
+    opaque = speed.compile or device.type != "cpu"
+    return series, {} if opaque else time_shares(network, inputs)
+
+
+class _PlainProcess:
+    """Evaluates the plain network in a process of its own, where nothing speeds up its memory."""
+
+    def __init__(self, config: Config, device: torch.device, batch: int):
+        with _environment("THP_MEM_ALLOC_ENABLE", "0"):  # see guided_diffusion/__init__.py
+            self.pool = _fresh_process()
+            self.pool.submit(_prepare_plain, config, device, batch).result()
+
+    def __enter__(self) -> "_PlainProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
+
+    def milliseconds(self) -> float:
+        return self.pool.submit(_plain_milliseconds).result()
+
+
+_plain: list[Any] = []  # in that process: what it evaluates, and where
+
+
+def _prepare_plain(config: Config, device: torch.device, batch: int) -> None:
+    inputs = example(factory.unet_params(config.network), batch, device)
+    network = plain_network(config, device)
+    _plain[:] = [lambda: network(*inputs), device]
+
+
+@torch.no_grad()
+def _plain_milliseconds() -> float:
+    return milliseconds(*_plain)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable for processes that are started meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def example(p: UNetParams, batch: int, device: torch.device | str) -> list[torch.Tensor]:
@@ -299,19 +364,85 @@ def count_operations(network: UNet, batch: int) -> int:
     return counter.get_total_flops()
 
 
+# ---- Where the time goes ---------------------------------------------------------------------
+
+_PARTS = {
+    PackedConv2d: "products of convolutions",
+    nn.Conv2d: "products of convolutions",
+    WinogradConv2d: "transforms of Winograd's convolutions",
+    FusedGroupNorm: "norms and activations",
+    GroupNorm32: "norms and activations",
+    nn.SiLU: "norms and activations",
+    AttentionBlock: "attention",
+}
+
+
+class _Stopwatch:
+    """Seconds of each part, without those of the parts inside it."""
+
+    def __init__(self, part: str):
+        self.seconds: Counter[str] = Counter()
+        self.parts = [part]  # that are being computed, the inmost last
+        self.since = time.perf_counter()
+
+    def note(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self.parts[-1]] += now - self.since
+        self.since = now
+
+    def enter(self, part: str) -> None:
+        self.note()
+        self.parts.append(part)
+
+    def leave(self) -> None:
+        self.note()
+        self.parts.pop()
+
+
+@torch.no_grad()
+def time_shares(network: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
+    """The share that each part has in an evaluation on a CPU; the network is not compiled."""
+    network(*inputs)  # a warm-up
+    watch = _Stopwatch("the rest")
+    hooks = []
+    for module in network.modules():
+        if part := _PARTS.get(type(module)):
+            hooks.append(module.register_forward_pre_hook(lambda *_, part=part: watch.enter(part)))
+            hooks.append(module.register_forward_hook(lambda *_: watch.leave()))
+    network(*inputs)
+    watch.note()
+    for hook in hooks:
+        hook.remove()
+    return {part: taken / watch.seconds.total() for part, taken in watch.seconds.most_common()}
+
+
+def sampler_milliseconds(config: Config, device: torch.device, batch: int) -> float:
+    """What the sampler adds to an evaluation: its time with a network that computes nothing."""
+    process = factory.build_process(config, device)
+    p = factory.unet_params(config.network)
+    output = torch.zeros(batch, p.out_channels, p.image_size, p.image_size, device=device)
+    denoiser = network_denoiser(lambda x, t: output, process)
+    times = plain_times(min(STEPS_FOR_SAMPLER, process.diffusion.num_timesteps))
+    inpainter = Inpainter(denoiser, process.diffusion, times, p.image_size)
+    image = torch.zeros(batch, 3, p.image_size, p.image_size)
+    sampling = partial(inpainter.sample, image, image, range(batch))
+    milliseconds(sampling, device)
+    return milliseconds(sampling, device) / (len(times) - 1)
+
+
 # ---- Time ------------------------------------------------------------------------------------
 
 
-def alternate(functions: Sequence[Callable[[], object]], device: torch.device) -> list[list[float]]:
-    """Milliseconds of each function, called in turns after a warm-up; as often as time allows."""
+def alternate(timers: Sequence[Callable[[], float]], device: torch.device) -> list[list[float]]:
+    """What each timer says, called in turns after a warm-up; as often as time allows."""
     for _ in range(3 if device.type == "cuda" else 1):
-        for function in functions:
-            milliseconds(function, device)
-    series: list[list[float]] = [[] for _ in functions]
+        for timer in timers:
+            timer()
+    series: list[list[float]] = [[] for _ in timers]
     end = time.monotonic() + SECONDS_FOR_PAIRS
     for i in range(MOST_PAIRS):
-        for function, times in zip(functions, series, strict=True):
-            times.append(milliseconds(function, device))
+        for timer, times in zip(timers, series, strict=True):
+            times.append(timer())
         if i + 1 >= LEAST_PAIRS and time.monotonic() > end:
             break
     return series
@@ -456,9 +587,7 @@ def run_first_evaluation(
     """Start a process that loads an inpainter and evaluates its network once."""
     # A JSON string is a YAML string too, whatever is in the path.
     settings = [*settings, f"model_path={json.dumps(model_path)}", "classifier_scale=0"]
-    # On Ctrl-C, this process has something to say, and the other one ends without a word.
-    silence = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **silence) as pool:
+    with _fresh_process() as pool:
         started = time.time()
         try:
             return pool.submit(first_evaluation, conf_path, settings, batch, started).result()
@@ -467,6 +596,12 @@ def run_first_evaluation(
                 "the process that tries one evaluation was ended by the system, most likely for "
                 f"lack of memory; batch size {batch}"
             ) from error
+
+
+def _fresh_process() -> ProcessPoolExecutor:
+    # On Ctrl-C, the parent has something to say, and the child ends without a word.
+    silence = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), **silence)
 
 
 class _Done(Exception):

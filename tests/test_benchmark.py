@@ -7,6 +7,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -383,6 +384,20 @@ def test_the_plain_way_is_fp32_nchw_with_explicit_attention(tmp_path):
     assert len(seen) > 20 and all(seen)
 
 
+class PlainHere:
+    """A `_PlainProcess` that is this process, where functions can be patched."""
+
+    def __init__(self, *arguments: object):
+        benchmarking._prepare_plain(*arguments)
+        self.milliseconds = benchmarking._plain_milliseconds
+
+    def __enter__(self) -> "PlainHere":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        benchmarking._plain.clear()
+
+
 def test_each_network_is_measured_on_its_own_layout(tmp_path, temporary):
     def fast(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> float:
         assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -395,10 +410,12 @@ def test_each_network_is_measured_on_its_own_layout(tmp_path, temporary):
     guided = {"classifier_scale": 1.0, "classifier_path": "none.pt", "classifier_use_fp16": True}
     keys = {"image_size": 64, "attention_resolutions": "32", "class_cond": True, **guided}
     with (
+        patch.object(benchmarking, "time_shares"),
         patch.object(benchmarking, "run_first_evaluation"),
         patch.object(benchmarking, "measure_ceiling"),
         patch.object(factory, "build_network", lambda config, device, speed: fast),
         patch.object(benchmarking, "plain_network", lambda config, device: plain),
+        patch.object(benchmarking, "_PlainProcess", PlainHere),
         patch.object(benchmarking, "milliseconds", lambda function, device: function()),
     ):
         figures = benchmarking.measure(load(tmp_path, **keys), [], 3)
@@ -432,6 +449,29 @@ def test_functions_are_called_in_turns_as_often_as_time_allows():
     assert turns(seconds=0) == "ab" * (1 + benchmarking.LEAST_PAIRS)
 
 
+class Sleeper(torch.nn.SiLU):
+    def __init__(self, seconds: float, inside: torch.nn.Module | None = None):
+        super().__init__()
+        self.seconds, self.inside = seconds, inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return self.inside(x) if self.inside else x
+
+
+class Inner(Sleeper):
+    pass
+
+
+def test_the_time_of_a_part_does_not_count_those_inside_it():
+    network = torch.nn.Sequential(Sleeper(0.02, Inner(0.06)), Sleeper(0.02))
+    with patch.object(benchmarking, "_PARTS", {Sleeper: "outer", Inner: "inner"}):
+        shares = benchmarking.time_shares(network, [torch.zeros(1)])
+    assert list(shares) == ["inner", "outer", "the rest"]
+    assert abs(shares["inner"] - 0.6) < 0.1 and abs(shares["outer"] - 0.4) < 0.1
+    assert not any(module._forward_hooks for module in network.modules())
+
+
 # ---- The table ----
 
 
@@ -447,6 +487,8 @@ def figures(config: Config, **changes: object) -> Figures:
         evaluations_per_image=2410,
         times=[250.0, 240.0, 1500.0],
         plain_times=[1000.0, 1300.0, 990.0],
+        shares={"attention": 0.25, "the rest": 0.75},
+        sampler_ms=1.5,
         ceiling=Ceiling(2.5, "an operation"),
         first=FirstEvaluation(3.25, 0.5, 2_345_000_000),
     )
@@ -465,6 +507,8 @@ def test_the_table(tmp_path):
     assert row(table, "milliseconds an evaluation, median") == ["250", "1,000"]
     assert row(table, "fastest") == ["240", "990"]
     assert row(table, "slowest") == ["1,500", "1,300"]
+    assert row(table, "attention") == ["25.0%"] and row(table, "the rest") == ["75.0%"]
+    assert row(table, "the sampler adds") == ["1.50"]
     assert row(table, "images per hour, at 2,410 evaluations") == ["12.0", "2.99"]
     assert row(table, "TFLOP/s") == ["2.00", "0.500"]
     assert row(table, "ceiling in bf16") == ["2.50"]
