@@ -17,7 +17,7 @@ from torch import nn
 from guided_diffusion.checkpoint import load_weights, place_copies
 from guided_diffusion.config import SpeedConfig, UserError
 from guided_diffusion.nn import GroupNorm32
-from guided_diffusion.unet import TimedNetwork, picture_scale
+from guided_diffusion.unet import Downsample, TimedNetwork, picture_scale
 from guided_diffusion.winograd import PackedConv2d, WinogradConv2d
 
 SMALL_PICTURE = 16 * 16  # pixels
@@ -80,18 +80,25 @@ def choose_speed(wishes: SpeedConfig, use_fp16: bool, device: torch.device) -> S
         warnings.warn(f"compile: {problem}; going on without", UserWarning, stacklevel=2)
         compiles = False
     cuda_graph = best.cuda_graph if wishes.cuda_graph is None else wishes.cuda_graph
+    if wishes.fast and wishes.precision:
+        reason = "fast, in the precision that the config asks for"
     return Speed(precision, compiles, cuda_graph, reason)
 
 
 def offered_precisions(device: torch.device) -> list[str]:
-    """What a device computes without emulating it; a CPU's bf16 excepted, which saves memory."""
+    """What a device computes by itself; what it would emulate takes many times as long."""
     if device.type == "cuda":
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
         return ["fp32", "tf32", "bf16", "fp16"] if ampere else ["fp32", "fp16"]
     if device.type == "mps":
         return ["fp32", "fp16"]
-    has_fp16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return ["fp32", "bf16", "fp16"] if has_fp16 else ["fp32", "bf16"]
+    if not torch.backends.mkldnn.is_available():
+        return ["fp32"]
+    halves = {
+        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return ["fp32", *(precision for precision, is_supported in halves.items() if is_supported())]
 
 
 def _fastest(device: torch.device) -> tuple[Speed, str]:
@@ -100,7 +107,7 @@ def _fastest(device: torch.device) -> tuple[Speed, str]:
         precision = "bf16" if "bf16" in offered_precisions(device) else "fp16"
         compiles = _compiler_problem(device) is None
         return Speed(precision, compiles, cuda_graph=True), f"fast: what {_name(device)} does best"
-    if device.type == "cpu" and _multiplies_bf16():
+    if device.type == "cpu" and "bf16" in offered_precisions(device) and _multiplies_bf16():
         return Speed("bf16"), "fast: this CPU multiplies bf16 in hardware"
     return Speed("fp32"), f"fast: {_name(device)} is best at fp32"
 
@@ -148,8 +155,8 @@ def load_network(
         torch.backends.cudnn.allow_tf32 = speed.precision == "tf32"
     if device.type == "cpu":
         keep_freed_memory()
-    own_layers = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if own_layers and not gradients and not speed.compile:  # a compiler cannot look into them
+    # Neither a compiler nor the backward pass can look into our own layers.
+    if device.type == "cpu" and has_cpu_layers() and not (gradients or speed.compile):
         load_weights(network, path, CpuPlacement(network))
         fuse_norms(network)
     else:
@@ -157,6 +164,12 @@ def load_network(
     network.to(device).requires_grad_(False)
     function = compiled(network) if speed.compile else network
     return CudaGraph(function) if speed.cuda_graph and not gradients else function
+
+
+def has_cpu_layers() -> bool:
+    """Whether this torch and this CPU have what `CpuPlacement` builds on."""
+    is_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return is_x86 and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
 
 
 def compiled(function: Function) -> Function:
@@ -168,9 +181,10 @@ def compiled(function: Function) -> Function:
         try:
             return fast(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError):
-                raise error.__cause__ from error
-            reason = str(error).strip().splitlines()[0]
+            cause = getattr(error, "inner_exception", error.__cause__)
+            if isinstance(cause, torch.cuda.OutOfMemoryError):
+                raise cause from error
+            reason = " ".join(str(error).strip().partition("\n\n")[0].split())
             warnings.warn(f"compile: {reason}; going on without", UserWarning, stacklevel=2)
             fast = function
         return function(*inputs)
@@ -280,8 +294,9 @@ def convolution_sides(network: TimedNetwork) -> dict[nn.Conv2d, int]:
     sides, side = {}, network.params.image_size
     for block in network.blocks():
         for layer in block:
-            side = int(side * picture_scale(layer))
-            sides |= {conv: side for conv in layer.modules() if isinstance(conv, nn.Conv2d)}
+            before, side = side, int(side * picture_scale(layer))
+            seen = before if isinstance(layer, Downsample) else side  # there, the conv halves it
+            sides |= {conv: seen for conv in layer.modules() if isinstance(conv, nn.Conv2d)}
     return sides
 
 

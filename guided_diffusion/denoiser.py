@@ -29,6 +29,8 @@ def network_denoiser(
     def denoise(x_t: torch.Tensor, t: int, y: torch.Tensor) -> ReverseStep:
         time = process.network_times[t].expand(len(x_t))
         output = network(x_t, time, y) if class_cond else network(x_t, time)
+        # Clipping would make an innocent number of infinity; NaN comes through, and is found.
+        output = output.masked_fill(output.isinf(), torch.nan)
         return process.diffusion.reverse_step(
             output, x_t, t, predict_xstart=predict_xstart, clip_denoised=clip_denoised
         )
