@@ -6,7 +6,9 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,8 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion import load_inpainter
+from guided_diffusion import factory, load_inpainter
 from guided_diffusion.config import UserError
+from guided_diffusion.denoiser import FiniteCheck, NonFiniteError
+from guided_diffusion.gaussian_diffusion import ReverseStep
 from guided_diffusion.image_datasets import load_prepared, to_bytes
 from guided_diffusion.inpainter import Inpainter
 
@@ -215,6 +219,123 @@ def test_watching_changes_nothing(inpaint, pictures, masks, results):
     watched = inpaint(pictures[0], masks[0], 7, lambda done, total, x0: calls.append(done))
     np.testing.assert_array_equal(np.asarray(watched), np.asarray(results[0]))
     assert calls == list(range(1, EVALUATIONS + 1))
+
+
+# ---- What is not finite ----
+
+
+class FailingNetwork:
+    """Puts out zeros, and in one evaluation a value that is none, in some images."""
+
+    def __init__(self, value: float, images: list[int], channel: int, evaluation: int):
+        self.value, self.images, self.channel = value, images, channel
+        self.evaluation, self.evaluations = evaluation, 0
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.evaluations += 1
+        output = torch.zeros(len(x), 6, SIZE, SIZE)
+        if self.evaluations == self.evaluation:
+            output[self.images, self.channel, 3, 4] = self.value
+        return output
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("channel", [0, 5])  # of the noise, of the variance
+@pytest.mark.parametrize(("images", "evaluation"), [([1], 1), ([0, 2], 4), ([2], EVALUATIONS)])
+def test_what_is_not_finite_stops_the_sampler_at_once(
+    monkeypatch, value, channel, images, evaluation
+):
+    network = FailingNetwork(value, images, channel, evaluation)
+    monkeypatch.setattr(factory, "load_network", lambda *_: network)
+    inpaint, calls = load(), []
+    steps = [t for t, u in pairwise(inpaint.times) if u < t]
+    with pytest.raises(NonFiniteError) as error:
+        inpaint(*random_batch(3), progress=lambda *call: calls.append(call))
+    assert list(error.value.images) == images
+    assert error.value.step == steps[evaluation - 1]
+    assert f"step {error.value.step}, in images {images}" in str(error.value)
+    assert network.evaluations == evaluation
+    assert len(calls) == evaluation - 1
+
+
+def test_a_network_that_stays_finite_runs_to_the_end(monkeypatch):
+    network = FailingNetwork(float("nan"), [0], 0, EVALUATIONS + 1)
+    monkeypatch.setattr(factory, "load_network", lambda *_: network)
+    assert load()(*random_batch(3)).isfinite().all()
+    assert network.evaluations == EVALUATIONS
+
+
+class FakeGpu:
+    """A GPU whose answers arrive no sooner than they are waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        gpu = self
+        self.on_the_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.events = self.waits = 0
+
+        class Tensor(torch.Tensor):
+            is_cuda = True
+
+        class PinnedTensor(torch.Tensor):
+            def copy_(self, source: torch.Tensor, non_blocking: bool) -> None:
+                assert non_blocking
+                gpu.on_the_way.append((self, source))
+
+        class Event:
+            def record(self) -> None:
+                self.copies, gpu.on_the_way = gpu.on_the_way, []
+                gpu.events += 1
+
+            def synchronize(self) -> None:
+                gpu.waits += 1
+                for copy, source in self.copies:
+                    plain, arrived = (tensor.as_subclass(torch.Tensor) for tensor in (copy, source))
+                    plain.copy_(arrived)
+
+        def empty_like(tensor: torch.Tensor, device: str, pin_memory: bool) -> torch.Tensor:
+            assert device == "cpu" and pin_memory
+            return torch.zeros(tensor.shape, dtype=tensor.dtype).as_subclass(PinnedTensor)
+
+        self.tensor = Tensor
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch, "empty_like", empty_like)
+
+    def denoiser(self, images: list[int], step: int) -> Callable:
+        """Gives what is not finite in these images at this step."""
+
+        def denoise(x_t: torch.Tensor, t: int) -> ReverseStep:
+            mean = torch.zeros(3, 3, 4, 4)
+            if t == step:
+                mean[images, 0, 1, 2] = torch.nan
+            mean = mean.as_subclass(self.tensor)
+            return ReverseStep(mean, torch.zeros(1, 1, 1, 1), mean)
+
+        return denoise
+
+
+@pytest.mark.parametrize(("step", "last"), [(9, 7), (5, 3), (2, 0), (1, None), (0, None)])
+def test_on_a_gpu_the_answer_is_awaited_later(monkeypatch, step, last):
+    """last: the step with which the sampler finds out, two evaluations on; None: at the end."""
+    gpu = FakeGpu(monkeypatch)
+    check = FiniteCheck(gpu.denoiser([0, 2], step))
+    with pytest.raises(NonFiniteError) as error:
+        for t in range(9, -1, -1):
+            check(torch.zeros(3, 3, 4, 4), t)
+            assert gpu.events - gpu.waits <= 2
+            assert gpu.waits == max(0, gpu.events - 2)
+        t = None
+        check.finish()
+    assert t == last
+    assert (list(error.value.images), error.value.step) == ([0, 2], step)
+
+
+def test_on_a_gpu_all_answers_are_looked_at_in_the_end(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    check = FiniteCheck(gpu.denoiser([0], step=-1))
+    for t in range(9, -1, -1):
+        check(torch.zeros(3, 3, 4, 4), t)
+    check.finish()
+    assert gpu.events == gpu.waits == 10
 
 
 # ---- What does not fit ----
