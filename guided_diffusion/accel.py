@@ -54,17 +54,19 @@ class Speed:
         return ", ".join(parts) + (f" ({self.reason})" if self.reason else "")
 
 
-def choose_speed(wishes: SpeedConfig, use_fp16: bool, device: torch.device) -> Speed:
+def choose_speed(
+    wishes: SpeedConfig, use_fp16: bool, device: torch.device, fp16_key: str = "use_fp16"
+) -> Speed:
     """What the config asks for, as far as this machine offers it.
 
-    use_fp16: the precision of a config that leaves it open. Raises UserError for what the
-    machine cannot do; warns where it has no compiler, and does without.
+    use_fp16: the precision of a config that leaves it open, by the key `fp16_key`. Raises
+    UserError for what the machine cannot do; warns where it has no compiler, and does without.
     """
     best, reason = _fastest(device) if wishes.fast else (Speed(), "")
     precision = wishes.precision or best.precision
     found = f"precision: found {precision}"
     if use_fp16 and not wishes.precision and not wishes.fast:
-        precision, found = "fp16", "use_fp16: found true, without a precision"
+        precision, found = "fp16", f"{fp16_key}: found true, without a precision"
     offered = offered_precisions(device)
     if precision not in offered:
         raise UserError(
@@ -77,7 +79,8 @@ def choose_speed(wishes: SpeedConfig, use_fp16: bool, device: torch.device) -> S
         )
     compiles = best.compile if wishes.compile is None else wishes.compile
     if compiles and (problem := _compiler_problem(device)):
-        warnings.warn(f"compile: {problem}; going on without", UserWarning, stacklevel=2)
+        # From this line, whoever calls, so that it is shown once.
+        warnings.warn(f"compile: {problem}; going on without", UserWarning, stacklevel=1)
         compiles = False
     cuda_graph = best.cuda_graph if wishes.cuda_graph is None else wishes.cuda_graph
     if wishes.fast and wishes.precision:
@@ -151,6 +154,8 @@ def load_network(
     """
     network.eval().convert_blocks(speed.dtype)
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # graphs and events are made on the current one
         torch.backends.cuda.matmul.allow_tf32 = speed.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = speed.precision == "tf32"
     if device.type == "cpu":

@@ -96,8 +96,13 @@ def pick_device(name: str | None) -> torch.device:
 def choose_speed(config: Config, device: torch.device) -> Speed:
     """How the denoiser will be computed. Raises UserError for what the device does not offer."""
     if config.classifier:
-        accel.choose_speed(config.speed, config.classifier.use_fp16, device)
+        _choose_classifier_speed(config, device)
     return accel.choose_speed(config.speed, config.network.use_fp16, device)
+
+
+def _choose_classifier_speed(config: Config, device: torch.device) -> Speed:
+    use_fp16 = config.classifier.use_fp16
+    return accel.choose_speed(config.speed, use_fp16, device, "classifier_use_fp16")
 
 
 def build_network(config: Config, device: torch.device, speed: Speed) -> Network:
@@ -173,7 +178,7 @@ def _build_denoiser(
 
 def _build_classifier(config: Config, device: torch.device) -> Network:
     c = config.classifier
-    speed = accel.choose_speed(config.speed, c.use_fp16, device)
+    speed = _choose_classifier_speed(config, device)
     with torch.device("meta"):
         classifier = Classifier(classifier_params(c, config.network.image_size))
     return load_network(classifier, c.path, speed, device, gradients=True)

@@ -82,9 +82,9 @@ class PackedConv2d(nn.Module):
 class WinogradConv2d(nn.Module):
     """A 3×3 convolution of stride 1 and padding 1.
 
-    weight, bias, input_shape, dtype: as for `PackedConv2d`; H and W are multiples of m. m = 2 is
-    as exact as the plain sum of products; m = 4 loses two bits, which fp32 can spare and bf16
-    cannot. On a CPU, without gradients.
+    weight, bias, input_shape, dtype: as for `PackedConv2d`; H and W are multiples of m. In fp32,
+    m = 2 is as exact as the plain sum of products, and m = 4 loses two to three bits. In bf16,
+    m = 2 loses one bit, and m = 4 would lose nearly four. On a CPU, without gradients.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -292,8 +293,12 @@ class FakeGpu:
                     plain, arrived = (tensor.as_subclass(torch.Tensor) for tensor in (copy, source))
                     plain.copy_(arrived)
 
-        def empty_like(tensor: torch.Tensor, device: str, pin_memory: bool) -> torch.Tensor:
-            assert device == "cpu" and pin_memory
+        plain_empty_like = torch.empty_like
+
+        def empty_like(tensor: torch.Tensor, **options: object) -> torch.Tensor:
+            if not options:
+                return plain_empty_like(tensor)
+            assert options == {"device": "cpu", "pin_memory": True}
             return torch.zeros(tensor.shape, dtype=tensor.dtype).as_subclass(PinnedTensor)
 
         self.tensor = Tensor
@@ -304,7 +309,7 @@ class FakeGpu:
         """Gives what is not finite in these images at this step."""
 
         def denoise(x_t: torch.Tensor, t: int) -> ReverseStep:
-            mean = torch.zeros(3, 3, 4, 4)
+            mean = torch.zeros(x_t.shape)
             if t == step:
                 mean[images, 0, 1, 2] = torch.nan
             mean = mean.as_subclass(self.tensor)
@@ -336,6 +341,16 @@ def test_on_a_gpu_all_answers_are_looked_at_in_the_end(monkeypatch):
         check(torch.zeros(3, 3, 4, 4), t)
     check.finish()
     assert gpu.events == gpu.waits == 10
+
+
+def test_on_a_gpu_the_sampler_looks_at_the_last_answers_too(monkeypatch, inpaint):
+    denoise = FakeGpu(monkeypatch).denoiser([1], step=0)
+    calls = []
+    with pytest.raises(NonFiniteError, match=r"step 0, in images \[1\]"):
+        replace(inpaint, denoiser=lambda x_t, t, y: denoise(x_t, t), times=range(4, -2, -1))(
+            *random_batch(3), progress=lambda *call: calls.append(call)
+        )
+    assert len(calls) == 5
 
 
 # ---- What does not fit ----
