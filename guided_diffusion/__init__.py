@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["load_inpainter"]
 
-# Large tensors in huge pages, where Linux has them: a large network loads and runs faster on a CPU.
+# Large tensors in huge pages, where Linux has them: a large network loads faster on a CPU.
 # Torch reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -2,8 +2,8 @@
 
 An m×m tile of the output, and its (m + 2)×(m + 2) tile of the input, are transformed so that the
 convolution becomes a product at each of the (m + 2)² places: 2.25 times fewer multiplications
-for m = 2, 4 times fewer for m = 4. The transforms take a few additions. Shapes here are
-(B, H, W, C), the order in memory of the network's channels_last tensors.
+for m = 2, 4 times fewer for m = 4. The transforms take a few additions. They see one picture at
+a time, as (H, W, C), which is the order in memory of the network's channels_last tensors.
 """
 
 from collections.abc import Sequence
