@@ -1,9 +1,11 @@
 """Checkpoints: loaded safely and strictly; what differs is said in the config's terms."""
 
+import os
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import PurePath
 from typing import Any, BinaryIO, TypeVar
 
@@ -53,9 +55,18 @@ def load_weights(network: Network, path: str, place: Place = place_copies) -> Ne
             module = network.get_submodule(name)
             keys = {key: f"{name}.{key}" if name else key for key, _ in _own_weights(module)}
             place(name, module, {key: state_dict.pop(full) for key, full in keys.items()})
-        if _can_be_mapped(path):  # what was read of a mapping counts as used until it is closed
-            state_dict = load_state_dict(path)
+        if _is_zip(local_path(path)):  # what was read of a mapping counts as used until it closes
+            state_dict = _load(path, local_path(path))
     return network
+
+
+def local_path(path: str) -> str:
+    """The path itself, or that of a copy on this machine of a remote checkpoint.
+
+    The copy is downloaded if there is none, or another version of it; a process does that at most
+    once, so that all that it does with a checkpoint is done with the same. Raises UserError.
+    """
+    return _copy(path) if storage.is_remote(path) else path
 
 
 def check_weights(network: nn.Module, path: str) -> None:
@@ -68,41 +79,55 @@ def load_state_dict(path: str) -> dict[str, Any]:
 
     Raises UserError if the file is missing, damaged, or holds more than plain data and tensors.
     """
-    try:
-        return _load(path)
-    except FileNotFoundError as error:
-        raise UserError(_missing_message(path)) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this checkpoint: {_first_line(error)}") from error
-    except Exception as error:  # torch reports damaged files by many unrelated types
-        raise UserError(f"{path}: {_diagnosis(path, error)}; {_remedy(path)}") from error
+    return _load(path, path)
 
 
 # ---- Reading ---------------------------------------------------------------------------------
 
 
-def _load(path: str) -> Any:
-    if not storage.exists(path):
-        raise FileNotFoundError(path)
+def _load(name: str, path: str) -> Any:
+    """The contents of a file that the user knows by this name. Raises UserError."""
+    try:
+        return _read(path)
+    except OSError as error:
+        raise UserError(_unreadable_message(name, error)) from error
+    except Exception as error:  # torch reports damaged files by many unrelated types
+        raise UserError(f"{name}: {_diagnosis(path, error)}; {_remedy(name)}") from error
+
+
+def _read(path: str) -> Any:
     if storage.is_remote(path):
         with storage.open_binary(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
 
 
-def _can_be_mapped(path: str) -> bool:
-    """Files of torch before 1.6 are no zip archives, and cannot be mapped into memory."""
-    return not storage.is_remote(path) and _is_zip(path)
+@cache
+def _copy(path: str) -> str:
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    try:
+        return storage.local_copy(path, os.path.join(folder, "repaint", "checkpoints"))
+    except OSError as error:
+        raise UserError(_unreadable_message(path, error)) from error
 
 
 def _is_zip(file: str | BinaryIO) -> bool:
+    """Files of torch before 1.6 are no zip archives, and cannot be mapped into memory."""
     try:
         return zipfile.is_zipfile(file)
     except zipfile.BadZipFile:  # a damaged one that says it spans several disks
         return False
 
 
+def _unreadable_message(path: str, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return _missing_message(path)
+    return f"{path}: cannot read this checkpoint: {_first_line(error)}"
+
+
 def _missing_message(path: str) -> str:
+    if storage.is_remote(path):
+        return f"{path}: no such checkpoint; check the path"
     if PurePath(path).name == DEMO_MODEL:
         return f"{path}: no such checkpoint; start it in the repository's folder, which has it"
     return (
@@ -113,7 +138,9 @@ def _missing_message(path: str) -> str:
 
 def _fetch_command(path: str) -> str:
     name = PurePath(path).name
-    return f"fetch it: bash download.sh {DOWNLOADS[name]}" if name in DOWNLOADS else ""
+    if storage.is_remote(path) or name not in DOWNLOADS:
+        return ""
+    return f"fetch it: bash download.sh {DOWNLOADS[name]}"
 
 
 def _diagnosis(path: str, error: Exception) -> str:
@@ -153,7 +180,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _matching_state_dict(network: nn.Module, path: str) -> dict[str, torch.Tensor]:
-    state_dict = load_state_dict(path)
+    state_dict = _load(path, local_path(path))
     if not _is_state_dict(state_dict):
         raise UserError(f"{path}: {_no_state_dict_message(state_dict)}")
     found = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}

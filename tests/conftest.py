@@ -1,8 +1,29 @@
-"""Settings of all tests."""
+"""Settings and fixtures of all tests."""
 
+import os
+from collections.abc import Iterator
+
+import pytest
+from cloud_emulation import Cloud, redirect
 from hypothesis import settings
 
 # The same examples in every run, so that a red test means that the change broke it. To look for
 # more: pytest --hypothesis-profile=default
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def cloud(tmp_path_factory, monkeypatch) -> Iterator[Cloud]:
+    """Blob stores on this machine, and a user who has no credentials for them."""
+    home = str(tmp_path_factory.mktemp("home"))
+    for name in [name for name in os.environ if name.startswith(("AZURE_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("XDG_CACHE_HOME", os.path.join(home, "cache"))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # whether this machine is Google's own
+    cloud = Cloud()
+    undo = redirect(cloud.address)
+    yield cloud
+    undo()
+    cloud.close()
