@@ -1,30 +1,37 @@
-"""Inpaint every image that a config names."""
+"""Inpaint every image that a config names. To go on after a stop, run the same command again."""
 
 import argparse
 import sys
 import warnings
+from functools import partial
+from signal import SIGINT
 
 from guided_diffusion.config import Config, UserError, load_config
+from guided_diffusion.dist_util import ALONE, World, join, read_world
+from guided_diffusion.interrupts import Interrupted
 
 EXAMPLES = """examples:
   python test.py --conf_path confs/demo.yml
   python test.py --conf_path confs/face_example.yml --dry-run
   python test.py --conf_path confs/face_example.yml --set seed=7 --set paste_known=true
-  python test.py --conf_path confs/face_example.yml --set schedule_jump_params.jump_n_sample=5
+  torchrun --nproc_per_node=8 test.py --conf_path confs/test_c256_thick.yml
 """
 
 
 def main() -> int:
     arguments = parse_arguments()
-    warnings.showwarning = show_warning
+    world = ALONE
     try:
-        run(load_config(arguments.conf_path, arguments.set), arguments.dry_run)
+        world = read_world()
+        warnings.showwarning = lambda text, *_: world.say(f"warning: {text}", sys.stderr)
+        config = load_config(arguments.conf_path, arguments.set)
+        run(config, world, arguments.overwrite, arguments.dry_run)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        world.say(f"error: {error}", sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the images that were finished are written", file=sys.stderr)
-        return 130
+    except (Interrupted, KeyboardInterrupt) as stop:
+        world.say("stopped; to go on, run the same command again", sys.stderr)
+        return 128 + getattr(stop, "number", SIGINT)
     return 0
 
 
@@ -32,46 +39,36 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--conf_path", required=True, metavar="FILE", help="a YAML file, such as those in confs/"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="use this value instead of the file's; KEY is a dotted path; repeatable",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check everything and print the plan, but sample and write nothing",
-    )
+    add = parser.add_argument
+    add("--conf_path", required=True, metavar="FILE", help="a YAML file, such as those in confs/")
+    set_help = "use this value instead of the file's; KEY is a dotted path; repeatable"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
+    add("--overwrite", action="store_true", help="make all results again, the finished ones too")
+    add("--dry-run", action="store_true", help="check everything and print the plan, no more")
     return parser.parse_args()
 
 
-def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def run(config: Config, dry_run: bool) -> None:
+def run(config: Config, world: World, overwrite: bool, dry_run: bool) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
     from guided_diffusion import factory, runner
+    from guided_diffusion.plan import Identity, make_plan, share_plan
+    from guided_diffusion.records import Records
 
-    device = factory.pick_device(config.device)
+    device = factory.pick_device(config.device, world)
     speed = factory.choose_speed(config, device)
-    times = factory.build_times(config)
-    plan = runner.make_plan(config, times, device)
+    team = join(world)
+    times = team.share("times", partial(factory.build_times, config))
+    identity = Identity(config, device, speed)
+    records = Records(config.dataset.inpainted_dir, world.rank)
     if dry_run:
+        plan = make_plan(config, times, identity, records, overwrite=overwrite, dry_run=True)
         factory.check_checkpoints(config)
-        print(plan.describe(device, speed))
-        print("everything is in order; nothing was sampled or written (--dry-run)")
+        in_order = "everything is in order; nothing was sampled or written (--dry-run)"
+        world.say(f"{plan.describe(device, speed)}\n{in_order}")
         return
-    inpainter = factory.build_inpainter(plan.config, times, speed)
-    plan = runner.fit_batch_size(plan, inpainter)
-    print(plan.describe(device, speed), flush=True)
-    runner.run(plan, inpainter, speed)
-    print(f"results: {plan.dataset.inpainted_dir} (settings and times: {plan.record_path})")
+    plan = share_plan(team, config, times, identity, records, overwrite)
+    load_inpainter = partial(factory.build_inpainter, times=times, device=device, speed=speed)
+    runner.run(plan, load_inpainter, identity, records, team)
 
 
 if __name__ == "__main__":

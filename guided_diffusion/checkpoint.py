@@ -69,6 +69,15 @@ def local_path(path: str) -> str:
     return _copy(path) if storage.is_remote(path) else path
 
 
+def fingerprint(path: str) -> dict[str, Any]:
+    """Path, size and SHA-256 of a checkpoint. Raises UserError."""
+    try:
+        size, sha256 = storage.file_digest(local_path(path))
+    except OSError as error:
+        raise UserError(_unreadable_message(path, error)) from error
+    return {"path": path, "bytes": size, "sha256": sha256}
+
+
 def check_weights(network: nn.Module, path: str) -> None:
     """Compare every key and shape of a checkpoint with a network. Raises UserError."""
     _matching_state_dict(network, path)

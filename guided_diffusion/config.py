@@ -161,6 +161,8 @@ class Config:
     speed: SpeedConfig = SpeedConfig()
     seed: Seed | None = None  # None = drawn afresh
     paste_known: Flag = False  # write the known pixels exactly
+    samples_per_image: Samples = 1  # if several: x_0.png, x_1.png, ...
+    checkpoint_every: NotNegative = 300  # seconds after which a picture's state is saved
     dataset: DatasetConfig | None
 
 
@@ -306,6 +308,7 @@ FilePath = Annotated[
 Count = Annotated[int, _whole(1)]
 CountOrZero = Annotated[int, _whole(0)]
 BatchSize = Annotated[int | Literal["auto"], _or_auto(_whole(1))]
+Samples = Annotated[int, _whole(1, 10**6)]
 CountOrDefault = Annotated[
     int, _number(int, "-1 or a whole number >= 1", lambda n: n == -1 or 1 <= n <= _END)
 ]

@@ -18,8 +18,10 @@ from guided_diffusion.config import (
     TrainingConfig,
     UserError,
     load_config,
+    to_yaml_dict,
 )
 from guided_diffusion.denoiser import Denoiser, Network, guided, network_denoiser
+from guided_diffusion.dist_util import ALONE, World
 from guided_diffusion.gaussian_diffusion import beta_schedule
 from guided_diffusion.image_datasets import encode_png, picture_grid, to_bytes
 from guided_diffusion.inpainter import Inpainter
@@ -27,6 +29,7 @@ from guided_diffusion.respace import Process, respaced_process
 from guided_diffusion.scheduler import jump_times, plain_times
 from guided_diffusion.training.data import TrainingImages
 from guided_diffusion.training.loop import Objective, Trainer
+from guided_diffusion.training.processes import Processes, check_batch_size
 from guided_diffusion.unet import NUM_CLASSES, Classifier, ClassifierParams, UNet, UNetParams
 
 PREVIEW_STEPS = 50  # of the samples that a training run shows
@@ -42,16 +45,19 @@ def load_inpainter(
     """
     config = load_config(conf_path, overrides, require_data=False)
     config = replace(config, device=device or config.device)
-    speed = choose_speed(config, pick_device(config.device))
-    return build_inpainter(config, build_times(config), speed)
+    torch_device = pick_device(config.device)
+    speed = choose_speed(config, torch_device)
+    return build_inpainter(config, build_times(config), torch_device, speed)
 
 
-def build_inpainter(config: Config, times: Sequence[int], speed: Speed) -> Inpainter:
+def build_inpainter(
+    config: Config, times: Sequence[int], device: torch.device, speed: Speed
+) -> Inpainter:
     """The inpainter of a config, its weights loaded. Raises UserError.
 
-    times: what the sampler walks, see `build_times`; speed: see `choose_speed`.
+    times: what the sampler walks, see `build_times`. device: see `pick_device`. speed: see
+    `choose_speed`.
     """
-    device = pick_device(config.device)
     process = build_process(config, device)
     return Inpainter(
         _build_denoiser(config, process, device, speed),
@@ -75,22 +81,44 @@ def check_checkpoints(config: Config) -> None:
             check_weights(Classifier(params), c.path)
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device of this name; None: CUDA if there is one. Raises UserError if it is absent."""
+def pick_device(name: str | None, world: World = ALONE) -> torch.device:
+    """The device of this name; None: CUDA if there is one. Raises UserError if it is absent.
+
+    world: of several processes on a machine, each gets a GPU of its own.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device: found {name}; accepted: cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device: {name} was asked for, but torch finds {torch.cuda.device_count()} CUDA "
-            "device(s); use device: cpu, or install a torch build for your GPU"
-        )
+    if device.type == "cuda":
+        return _pick_gpu(device, world)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps was asked for, but torch finds none; use device: cpu")
     return device
+
+
+def _pick_gpu(device: torch.device, world: World) -> torch.device:
+    found = torch.cuda.device_count()
+    if (device.index or 0) >= found:
+        raise UserError(
+            f"device: {device} was asked for, but torch finds {found} CUDA "
+            "device(s); use device: cpu, or install a torch build for your GPU"
+        )
+    if world.size == 1:
+        return device
+    if device.index is not None:
+        raise UserError(
+            f"device: {device} is one GPU, but there are {world.size} processes; use device: cuda, "
+            "which gives each its own"
+        )
+    if world.local_size > found:
+        raise UserError(
+            f"device: {world.local_size} processes on this machine, but torch finds {found} CUDA "
+            f"device(s); start with --nproc_per_node={found}, or use device: cpu"
+        )
+    return torch.device("cuda", world.local_rank)
 
 
 def choose_speed(config: Config, device: torch.device) -> Speed:
@@ -220,12 +248,19 @@ def classifier_params(classifier: ClassifierConfig, image_size: int) -> Classifi
     return ClassifierParams(encoder, classifier.pool)
 
 
-def build_trainer(config: TrainingConfig) -> tuple[Trainer, TrainingImages]:
-    """A network with fresh weights and what trains it, and its images. Raises UserError."""
-    device = pick_device(config.device)
+def build_trainer(config: TrainingConfig, world: World = ALONE) -> tuple[Trainer, TrainingImages]:
+    """A network with fresh weights and what trains it, and its images. Raises UserError.
+
+    world: the processes that train it together; all of them call this.
+    """
+    check_batch_size(config.training.batch_size, world)
+    device = pick_device(config.device, world)
     images = TrainingImages(config.training.data_dir, config.network.image_size)
     if config.network.class_cond:
         images.check_classes(NUM_CLASSES)
+    processes = Processes(world, device)
+    processes.check_same("config", to_yaml_dict(config))
+    processes.check_same("data_dir", images.paths)
     objective = Objective(
         build_process(config, device),
         predict_xstart=config.diffusion.predict_xstart,
@@ -234,7 +269,8 @@ def build_trainer(config: TrainingConfig) -> tuple[Trainer, TrainingImages]:
     )
     torch.manual_seed(config.seed)  # the fresh weights
     network = UNet(unet_params(config.network))
-    return Trainer(network, objective, config.training, seed=config.seed, device=device), images
+    trainer = Trainer(network, objective, config.training, seed=config.seed, processes=processes)
+    return trainer, images
 
 
 def sample_writer(

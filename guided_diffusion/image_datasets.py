@@ -11,9 +11,12 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import PurePath
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +24,10 @@ from PIL import Image, ImageOps
 
 from guided_diffusion import storage
 from guided_diffusion.config import UserError
+
+READERS = 4  # threads
+
+T = TypeVar("T")
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 
@@ -100,6 +107,13 @@ _SOURCES = {
 
 
 def _how_to_get(path: str) -> str:
+    if storage.is_remote(path):
+        return ""
+    start = f" (relative paths start at the current directory, {os.getcwd()})"
+    return start + _hint(path)
+
+
+def _hint(path: str) -> str:
     hints = (f"; {hint}" for start, hint in _SOURCES.items() if path.startswith(start))
     return next(hints, "")
 
@@ -108,10 +122,7 @@ def list_images(key: str, path: str) -> list[str]:
     """The images that a path stands for; `key` is the config key that the path came from."""
     try:
         if not storage.exists(path):
-            raise UserError(
-                f"{key}: no such file or folder: {path} (relative paths start at the current "
-                f"directory, {os.getcwd()}){_how_to_get(path)}"
-            )
+            raise UserError(f"{key}: no such file or folder: {path}{_how_to_get(path)}")
         if not storage.is_dir(path):
             return [path]
         files = storage.list_files(path)
@@ -143,6 +154,19 @@ def _result_names(gt_path: str, images: list[str]) -> list[str]:
             )
         image_of[name] = image
     return list(image_of)
+
+
+def for_each(paths: Iterable[str], function: Callable[[str], T]) -> dict[str, T]:
+    """path -> function(path), computed once for each, in several threads, as files may be far off.
+
+    In the order of the paths.
+    """
+    paths = list(dict.fromkeys(paths))
+    parts = [paths[i::READERS] for i in range(READERS)]
+    with ThreadPoolExecutor(READERS) as readers:
+        done = readers.map(lambda part: [(path, function(path)) for path in part], parts)
+        results = dict(chain.from_iterable(done))
+    return {path: results[path] for path in paths}
 
 
 # ---- From a file to a tensor ----
@@ -323,18 +347,20 @@ def check_pairs(pairs: Sequence[Pair], image_size: int) -> None:
 
 def _inspect_all(pairs: Sequence[Pair], image_size: int) -> dict[str, _Finding]:
     paths = [path for pair in pairs for path in (pair.image_path, pair.mask_path)]
-    findings, errors = {}, []
-    for path in dict.fromkeys(paths):  # a mask that serves all images is read once
-        try:
-            image = _read(path)
-        except UserError as error:
-            errors.append(error)
-        else:
-            findings[path] = _Finding(image.size, _kind(_resize_and_crop(image, image_size)))
+    findings = for_each(paths, lambda path: _inspect(path, image_size))
+    errors = [finding for finding in findings.values() if isinstance(finding, UserError)]
     if errors:
         others = f" ({len(errors) - 1} more cannot be read either)" if errors[1:] else ""
         raise UserError(f"{errors[0]}{others}")
     return findings
+
+
+def _inspect(path: str, image_size: int) -> _Finding | UserError:
+    try:
+        image = _read(path)
+    except UserError as error:
+        return error
+    return _Finding(image.size, _kind(_resize_and_crop(image, image_size)))
 
 
 def _kind(prepared: np.ndarray) -> str:

@@ -17,7 +17,7 @@ from guided_diffusion.image_datasets import (
     prepare,
     to_bytes,
 )
-from guided_diffusion.repaint import Streams, repaint
+from guided_diffusion.repaint import Evaluation, SamplerState, Streams, repaint
 from guided_diffusion.scheduler import count_evaluations
 
 Progress = Callable[[int, int, torch.Tensor], None]  # (done, total, x_0 estimate)
@@ -41,6 +41,10 @@ class Inpainter:
     def evaluations(self) -> int:
         """Network evaluations for one batch."""
         return count_evaluations(self.times)
+
+    def evaluations_before(self, state: SamplerState) -> int:
+        """Those of all `evaluations` that were done when the sampler had this state."""
+        return count_evaluations(self.times[: state.position + 1])
 
     @overload
     def __call__(
@@ -86,10 +90,13 @@ class Inpainter:
         gt: torch.Tensor,
         keep_mask: torch.Tensor,
         seeds: Sequence[int],
-        progress: Progress | None = None,
+        *,
+        start: SamplerState | None = None,
+        after_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> torch.Tensor:
         """The sampler's own output for a batch, one seed an image; shapes as in `__call__`.
 
+        start: the state in which the same batch was stopped; after_evaluation: see `repaint`.
         Raises NonFiniteError where the network's output is not finite.
         """
         device = self.diffusion.device
@@ -112,17 +119,24 @@ class Inpainter:
             streams,
             inject_known=self.inject_known,
             time_shift=self.time_shift,
-            progress=progress and _Counter(progress, self.evaluations),
+            start=start,
+            after_evaluation=after_evaluation,
         )
         denoise.finish()
         return x.cpu()
+
+    def _sample(
+        self, gt: torch.Tensor, keep_mask: torch.Tensor, seed: int, progress: Progress | None
+    ) -> torch.Tensor:
+        count = progress and _Counter(progress, self.evaluations)
+        return self.sample(gt, keep_mask, range(seed, seed + len(gt)), after_evaluation=count)
 
     def _inpaint_tensors(
         self, images: torch.Tensor, keep_masks: torch.Tensor, seed: int, progress: Progress | None
     ) -> torch.Tensor:
         _check_tensors(images, keep_masks, self.image_size)
         gt, keep_mask = images.float(), keep_masks.float()
-        x = self.sample(gt, keep_mask, range(seed, seed + len(gt)), progress)
+        x = self._sample(gt, keep_mask, seed, progress)
         return torch.where(keep_mask.cpu() == 1, gt.cpu(), x) if self.paste_known else x
 
     def _inpaint_pictures(
@@ -136,7 +150,7 @@ class Inpainter:
         originals = [prepare(image, self.image_size) for image in images]
         masks = torch.stack([mask_to_tensor(prepare(m, self.image_size)) for m in keep_masks])
         gt = torch.stack([image_to_tensor(original) for original in originals])
-        results = to_bytes(self.sample(gt, masks, range(seed, seed + len(images)), progress))
+        results = to_bytes(self._sample(gt, masks, seed, progress))
         if self.paste_known:
             results = paste_known(results, np.stack(originals), masks)
         return [Image.fromarray(result) for result in results]
@@ -148,9 +162,9 @@ class _Counter:
     def __init__(self, progress: Progress, total: int):
         self.progress, self.total, self.done = progress, total, 0
 
-    def __call__(self, pred_x0: torch.Tensor) -> None:
+    def __call__(self, evaluation: Evaluation) -> None:
         self.done += 1
-        self.progress(self.done, self.total, pred_x0)
+        self.progress(self.done, self.total, evaluation.pred_x0)
 
 
 def _check_tensors(images: torch.Tensor, keep_masks: torch.Tensor, size: int) -> None:

@@ -6,23 +6,31 @@ import warnings
 import torch
 from tqdm import tqdm
 
+from guided_diffusion.dist_util import Team
+
 
 class ProgressReport:
-    """Shows evaluations, one for each image of a batch; the context in which a run works."""
+    """Shows evaluations, one for each image of a batch; the context in which a run works.
+
+    Of several processes, that of rank 0 shows what all of them have done.
+    """
 
     warm_up = 1  # calls of the network that are not timed: the first is always slow
     timed = 4  # calls that the estimate is made from
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
-    def __init__(self, images: int, evaluations: int, show_bar: bool):
+    def __init__(self, images: int, evaluations: int, show_bar: bool, team: Team):
         """evaluations: for each image."""
         self.images = images
         self.total = images * evaluations
-        self.show_bar = show_bar
-        self.done = 0
+        self.show_bar = show_bar and team.is_first
+        self.team = team
+        self.tally = team.tally("evaluations")
+        self.done = 0  # by all processes
+        self.own = 0  # by this one
         self.batch_size = self.batch_calls = 0  # a call is one evaluation of the whole batch
         self.calls = 0  # since the clock was started
-        self.timed_from = (0.0, 0)  # (seconds, evaluations done)
+        self.timed_from = (0.0, 0)  # (seconds, own evaluations done)
 
     def __enter__(self) -> "ProgressReport":
         self.bar = tqdm(
@@ -42,6 +50,11 @@ class ProgressReport:
         images = f"{first}" if first == last else f"{first}-{last}"
         self.bar.set_description(f"image {images} of {self.images}")
 
+    def skip(self, calls: int) -> None:
+        """Count calls of this batch that an earlier run has done."""
+        self.batch_calls += calls
+        self._count(calls)
+
     def take_back_batch(self, why: str) -> None:
         """Warn, count the batch as not begun, and estimate anew what others will take."""
         with tqdm.external_write_mode():
@@ -49,26 +62,37 @@ class ProgressReport:
         self._count(-self.batch_calls)
         self.batch_calls = self.calls = 0
 
-    def evaluation_done(self, done: int, total: int, pred_x0: torch.Tensor) -> None:
-        """An `inpainter.Progress` of the batch."""
-        self.batch_calls = done
+    def evaluation_done(self, pred_x0: torch.Tensor) -> None:
+        """pred_x0: the result of this evaluation of the batch."""
+        self.batch_calls += 1
+        self.own += self.batch_size
         self._count(1)
         self.calls += 1
         if self.calls == self.warm_up:
-            self.timed_from = (_now(pred_x0), self.done)
-        elif self.calls == self.warm_up + self.timed and self.done < self.total:
+            self.timed_from = (_now(pred_x0), self.own)
+        elif self.calls == self.warm_up + self.timed and self.team.is_first:
             self._announce(_now(pred_x0))
 
+    def tell(self) -> None:
+        """Let other processes know what this one has done, and show what they have."""
+        self._show(self.tally.tell())
+
     def _count(self, calls: int) -> None:
-        self.done += calls * self.batch_size
-        self.bar.update(calls * self.batch_size)
+        self._show(self.tally.add(calls * self.batch_size))
+
+    def _show(self, done: int) -> None:
+        self.bar.update(done - self.done)
+        self.done = done
 
     def _announce(self, now: float) -> None:
-        start, done_before = self.timed_from
-        seconds = (now - start) / (self.done - done_before)
-        left = _duration(seconds * (self.total - self.done))
+        if self.done >= self.total:
+            return
+        start, own_before = self.timed_from
+        seconds = (now - start) / (self.own - own_before)  # at which the other processes work too
+        left = _duration(seconds * (self.total - self.done) / self.team.world.size)
+        line = f"about {left} left ({_duration(seconds)} per evaluation)"
         with tqdm.external_write_mode():
-            print(f"about {left} left ({_duration(seconds)} per evaluation)", flush=True)
+            self.team.world.say(line)
 
 
 def _now(pred_x0: torch.Tensor) -> float:

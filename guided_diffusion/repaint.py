@@ -1,8 +1,10 @@
 """The sampler: Algorithm 1 of RePaint (Lugmayr et al. 2022), and nothing else."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import islice, pairwise
 
+import numpy as np
 import torch
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ReverseStep
@@ -17,7 +19,10 @@ class Streams:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.generators = [
+            torch.Generator(device).manual_seed(_generator_seed(seed, torch.device(device)))
+            for seed in seeds
+        ]
 
     def classes(self, num_classes: int) -> torch.Tensor:
         """A class for each image, (B,)."""
@@ -35,6 +40,47 @@ class Streams:
             image.copy_(torch.randn(image.shape, generator=generator, device=generator.device))
         return noise
 
+    def state(self) -> list[torch.Tensor]:
+        """Where each image's stream is; `set_state` goes on from there."""
+        return [generator.get_state() for generator in self.generators]
+
+    def set_state(self, state: Sequence[torch.Tensor]) -> None:
+        for generator, position in zip(self.generators, state, strict=True):
+            generator.set_state(position)
+
+
+def _generator_seed(seed: int, device: torch.device) -> int:
+    """The seed itself, but for long ones on a CPU, of which torch's generator takes 32 bits only.
+
+    The samples of an image are 2**32 apart, so that all would be the same.
+    """
+    if device.type == "cuda" or seed < 2**32:
+        return seed
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """All that the sampler has between two transitions; from it, it goes on to the same pixels."""
+
+    position: int  # of the next transition, among the pairs of neighbouring times
+    x: torch.Tensor  # (B, C, H, W)
+    streams: list[torch.Tensor]  # see `Streams.state`
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the sampler shows after each evaluation of the network."""
+
+    position: int  # of the next transition
+    x: torch.Tensor  # (B, C, H, W), noisy
+    pred_x0: torch.Tensor  # (B, C, H, W), the x_0 that the network predicts
+    streams: Streams
+
+    def state(self) -> SamplerState:
+        """What to go on from later."""
+        return SamplerState(self.position, self.x, self.streams.state())
+
 
 @torch.no_grad()
 def repaint(
@@ -47,19 +93,26 @@ def repaint(
     *,
     inject_known: bool = True,
     time_shift: int = 1,
-    progress: Callable[[torch.Tensor], None] | None = None,
+    start: SamplerState | None = None,
+    after_evaluation: Callable[[Evaluation], None] | None = None,
 ) -> torch.Tensor:
     """Draw x_0 ~ p(x_0 | known pixels), approximately.
 
     denoise: (x_t, t) -> p(x_{t-1} | x_t). times: from t_T − 1 to −1, see `scheduler`.
     gt: (B, C, H, W) in [-1, 1]. keep_mask: the same shape, 1 = known, 0 = to be filled in.
     inject_known: False samples freely, whatever gt. time_shift: re-noising from t takes the β of
-    step t + time_shift. progress: called after each evaluation with the x_0 that it predicts.
+    step t + time_shift. start: where an earlier run was stopped; None: at the beginning.
+    after_evaluation: called after each one; what it raises stops the sampler.
     Returns (B, C, H, W), about [-1, 1]; known pixels are the network's, close to gt.
     """
     m = keep_mask
-    x = streams.normal(gt)  # x_T ~ N(0, I)
-    for i, (t, u) in enumerate(pairwise(times)):
+    if start is None:
+        first, x = 0, streams.normal(gt)  # x_T ~ N(0, I)
+    else:
+        first, x = start.position, start.x.to(gt.device)
+        streams.set_state(start.streams)
+
+    for i, (t, u) in islice(enumerate(pairwise(times)), first, None):
         if u > t:  # back in time: x_{t+1} ~ N(sqrt(1 − β) x_t, β I)
             beta = diffusion.at("betas", t + time_shift)
             x = (1 - beta).sqrt() * x + beta.sqrt() * streams.normal(x)
@@ -75,6 +128,6 @@ def repaint(
         p = denoise(x, t)  # the unknown region, one step less noisy (eq. 8b)
         x = p.mean + p.sigma * n if t > 0 else p.mean
 
-        if progress is not None:
-            progress(p.pred_x0)
+        if after_evaluation is not None:
+            after_evaluation(Evaluation(i + 1, x, p.pred_x0, streams))
     return x

@@ -1,18 +1,18 @@
-"""One run: the plan, the batches, the files. Knows an inpainter, not how it is made."""
+"""One run: the batches, the files. Knows an inpainter, not how it is made."""
+
+from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import platform
-import random
-import secrets
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,96 +21,86 @@ from guided_diffusion import memory, storage
 from guided_diffusion.accel import DTYPES, Speed, offered_precisions
 from guided_diffusion.config import Config, DatasetConfig, UserError, to_yaml_dict
 from guided_diffusion.denoiser import NonFiniteError
+from guided_diffusion.dist_util import Team
 from guided_diffusion.image_datasets import (
     Example,
-    Pair,
-    check_pairs,
     encode_png,
-    find_pairs,
-    flip_decision,
     load_pair,
     paste_known,
     to_bytes,
 )
-from guided_diffusion.inpainter import Inpainter, Progress
+from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.interrupts import Interrupted, StopSignals
+from guided_diffusion.plan import (
+    Identity,
+    Plan,
+    Task,
+    companion_folders,
+    counted,
+    existing,
+)
 from guided_diffusion.progress import ProgressReport
-from guided_diffusion.scheduler import count_evaluations
+from guided_diffusion.records import Records, Result, load_state, save_state
+from guided_diffusion.repaint import Evaluation, SamplerState
 
-MAX_SEED = 2**31 - 1  # of seeds drawn afresh: short enough to type
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do, settled before any weight is loaded."""
-
-    config: Config  # with the seed that will be used
-    dataset: DatasetConfig
-    seed: int
-    pairs: list[Pair]  # in the order of work
-    batch_size: int | Literal["auto"]  # to begin with; auto: still to be measured
-    evaluations: int  # of the network, per image
-
-    @property
-    def images(self) -> int:
-        return len(self.pairs)
-
-    @property
-    def total_evaluations(self) -> int:
-        """One for each image of a batch."""
-        return self.images * self.evaluations
-
-    @property
-    def record_path(self) -> str:
-        """Where run.json goes: beside the folder of the results."""
-        return os.path.join(os.path.dirname(self.dataset.inpainted_dir.rstrip("/")), "run.json")
-
-    def describe(self, device: torch.device, speed: Speed) -> str:
-        """A few lines for people."""
-        d = self.dataset
-        measured = d.batch_size == "auto" and self.batch_size != "auto"
-        return (
-            f"{self.config.name}: {_counted(self.images, 'image')} from {d.gt_path}, "
-            f"masks from {d.mask_path}, batch size {self.batch_size}{' (auto)' * measured}\n"
-            f"{_counted(self.evaluations, 'network evaluation')} per image, "
-            f"{self.total_evaluations:,} in all\n"
-            f"seed {self.seed} (to repeat this run: --set seed={self.seed})\n"
-            f"device {device}, {speed.describe()}"
-        )
+POLLING = 0.5  # seconds between two looks at what other processes do
+STALLED = 30 * 60  # seconds without an evaluation, after which another process counts as lost
 
 
-def make_plan(config: Config, times: Sequence[int], device: torch.device) -> Plan:
-    """Pair and check all inputs and outputs. Raises UserError for what cannot work."""
-    dataset = config.dataset
-    if dataset is None:
-        raise UserError(f"{config.source}: data.eval: missing; name one dataset")
-    pairs = find_pairs(dataset.gt_path, dataset.mask_path, dataset.offset, dataset.max_len)
-    check_pairs(pairs, config.network.image_size)
-    for folder in _output_folders(dataset):
-        _check_output_folder(folder)
-    seed = config.seed if config.seed is not None else secrets.randbelow(MAX_SEED)
-    if not dataset.deterministic:
-        random.Random(seed).shuffle(pairs)
-    size = dataset.batch_size
-    if size == "auto" and device.type != "cuda":
-        size = 1  # elsewhere, larger batches are hardly faster
-    if dataset.drop_last:
-        pairs = _whole_batches(pairs, size, config.source)
-    return Plan(replace(config, seed=seed), dataset, seed, pairs, size, count_evaluations(times))
+def run(
+    plan: Plan,
+    load_inpainter: Callable[[Config], Inpainter],
+    identity: Identity,
+    records: Records,
+    team: Team,
+) -> None:
+    """Make what the plan has that is not done, together with the other processes.
+
+    Raises Interrupted after a signal, and UserError; what was written before is complete, and what
+    was begun goes on in the next run.
+    """
+    if not plan.is_done(plan.tasks):
+        inpainter = load_inpainter(plan.config)
+        prepare = partial(_prepare, plan, inpainter, identity, records)
+        plan = replace(plan, **team.share("settled plan", prepare))
+        if team.is_first:
+            team.world.say(plan.describe(identity.device, identity.speed))
+        size = _do_batches(plan, inpainter, identity.speed, records, team)
+        plan = replace(plan, batch_size=size)
+    if team.is_first:
+        _finish(plan, identity, records)
+        team.world.say(plan.describe_results())
+    team.leave()
 
 
-def _whole_batches(pairs: list[Pair], size: int, source: str) -> list[Pair]:
-    if len(pairs) < size:
+# ---- Before the first batch -------------------------------------------------------------------
+
+
+def _prepare(
+    plan: Plan, inpainter: Inpainter, identity: Identity, records: Records
+) -> dict[str, Any]:
+    """What rank 0 does once all is checked and the network is loaded; the first to write anything.
+
+    Returns fields of the plan that are settled only now. Raises UserError.
+    """
+    records.lock()
+    if records.history().run >= plan.run:
         raise UserError(
-            f"{source}: drop_last leaves no batch: there are {len(pairs)} image(s), fewer than "
-            f"batch_size {size}; set drop_last: false"
+            f"another run has just written to {plan.dataset.inpainted_dir}; run the same command "
+            "again to go on from there"
         )
-    return pairs[: len(pairs) - len(pairs) % size]
+    plan = replace(plan, batch_size=_batch_size(plan, inpainter), digest=identity.digest)
+    with _writing(records.folder):
+        records.begin(plan.run, plan.config.seed, identity.settings)
+        _set_aside(plan, records)
+    _write_run_json(plan, identity)
+    return {"batch_size": plan.batch_size, "digest": plan.digest}
 
 
-def fit_batch_size(plan: Plan, inpainter: Inpainter) -> Plan:
-    """The plan with a number for a batch size that is `auto`: the most that a GPU holds."""
+def _batch_size(plan: Plan, inpainter: Inpainter) -> int:
+    """The plan's; for `auto`, as many images as a GPU holds."""
     if plan.batch_size != "auto":
-        return plan
+        return plan.batch_size
     first_step = replace(inpainter, times=(inpainter.times[0], -1))
 
     def evaluate(images: int) -> None:
@@ -119,57 +109,182 @@ def fit_batch_size(plan: Plan, inpainter: Inpainter) -> Plan:
             first_step.sample(blank, blank, range(images))
 
     device = inpainter.diffusion.device
-    return replace(
-        plan, batch_size=memory.measure_largest_batch(evaluate, device, most=plan.images)
-    )
+    return memory.measure_largest_batch(evaluate, device, most=len(plan.tasks))
 
 
-def run(plan: Plan, inpainter: Inpainter, speed: Speed) -> None:
-    """Inpaint all images of the plan and write the results, and run.json beside them.
+def _set_aside(plan: Plan, records: Records) -> None:
+    """Take away the results that do not count any more, so that nothing stale has a final name."""
+    records.set_aside(plan.run, plan.redo)
+    for task in plan.tasks:
+        if task.name in plan.redo:
+            storage.move(f"{plan.dataset.inpainted_dir}/{task.name}", f"{plan.old_dir}/{task.name}")
+            for folder in companion_folders(plan.dataset):
+                storage.remove(f"{folder}/{task.pair.name}")
 
-    plan: its batch size a number, see `fit_batch_size`. speed: the inpainter's. Raises UserError;
-    what was written before is complete.
+
+# ---- The batches ------------------------------------------------------------------------------
+
+
+def _do_batches(
+    plan: Plan, inpainter: Inpainter, speed: Speed, records: Records, team: Team
+) -> int:
+    """Inpaint the batches that this process gets; the batch size that memory sufficed for.
+
+    On rank 0 it returns when all processes are done.
     """
-    record = _RunRecord(plan, inpainter.diffusion.device, speed)
-    record.write()
-    size, done = plan.batch_size, 0
-    with ProgressReport(plan.images, plan.evaluations, plan.config.show_progress) as report:
-        while done < plan.images:
-            start = time.monotonic()
-            batch = plan.pairs[done : done + size]
-            report.start_batch(done, len(batch))
-            if _finish(plan, inpainter, speed, batch, report):
-                record.add(batch, time.monotonic() - start)
-                done += len(batch)
-            else:
+    images, show_bar = sum(map(len, plan.batches)), plan.config.show_progress
+    with ProgressReport(images, plan.evaluations, show_bar, team) as report, StopSignals() as stop:
+        worker = _Worker(plan, inpainter, speed, records, team, report, stop, plan.batch_size)
+        try:
+            worker.work()
+        except UserError as error:
+            team.stop(str(error))
+            raise
+    return worker.most
+
+
+@dataclass
+class _Worker:
+    """One process at work."""
+
+    plan: Plan
+    inpainter: Inpainter
+    speed: Speed
+    records: Records
+    team: Team
+    report: ProgressReport
+    stop: StopSignals
+    most: int  # images at a time that memory suffices for, as far as is known
+
+    def work(self) -> None:
+        batches = self.plan.batches
+        before = [0, *accumulate(map(len, batches))]
+        # Handed out one by one, so that nobody waits for a slow process.
+        while (number := self.team.add("batches begun", 1) - 1) < len(batches):
+            self._do(batches[number], before[number])
+            self.report.tell()
+            self.team.add("batches done", 1)
+        if self.team.is_first:
+            self._await_others()
+
+    def _do(self, tasks: Sequence[Task], before: int) -> None:
+        done = 0
+        while done < len(tasks):
+            part = tasks[done : done + self.most]
+            self.stop.check()
+            self.report.start_batch(before + done, len(part))
+            if self.plan.is_done(part):  # of a batch that was halved before
+                self.report.skip(self.plan.evaluations)
+            elif not self._finish(part):
                 memory.release()
-                size = _halved(len(batch), inpainter.diffusion.device, speed)
-                report.take_back_batch(
-                    f"not enough memory for {len(batch)} images at a time; going on with {size}"
+                self.most = _halved(len(part), self.inpainter.diffusion.device, self.speed)
+                self.report.take_back_batch(
+                    f"not enough memory for {len(part)} images at a time; going on with {self.most}"
                 )
-    record.finish(size)
+                continue
+            done += len(part)
 
+    def _finish(self, part: Sequence[Task]) -> bool:
+        """Inpaint a batch and write its results; False if memory does not suffice for it."""
+        started = time.monotonic()
+        examples = [self._load(task) for task in part]
+        state_path = self.records.state_path(self.plan.digest, [task.origin for task in part])
+        try:
+            results = self._inpaint(part, examples, state_path)
+        except torch.cuda.OutOfMemoryError:
+            return False  # and nothing refers any more to what the attempt has made
+        except NonFiniteError as error:
+            raise UserError(self._non_finite(part, error)) from error
+        seconds = round((time.monotonic() - started) / len(part), 3)
+        for task, example, result in zip(part, examples, results, strict=True):
+            if task.name not in self.plan.done:
+                self._write(task, example, result, seconds)
+        with _writing(state_path):
+            storage.remove(state_path)
+        return True
 
-def _finish(
-    plan: Plan, inpainter: Inpainter, speed: Speed, batch: Sequence[Pair], report: ProgressReport
-) -> bool:
-    """Inpaint a batch and write its results; False if memory does not suffice for it."""
-    examples = [_load(plan, pair) for pair in batch]
-    try:
-        results = _inpaint(plan, inpainter, batch, examples, report.evaluation_done)
-    except torch.cuda.OutOfMemoryError:
-        return False  # and nothing refers any more to what the attempt has made
-    except NonFiniteError as error:
-        names = [batch[i].name for i in error.images]
+    def _load(self, task: Task) -> Example:
+        return load_pair(task.pair, self.plan.config.network.image_size, task.origin.flip)
+
+    def _inpaint(
+        self, part: Sequence[Task], examples: Sequence[Example], state_path: str
+    ) -> np.ndarray:
+        """The results of a batch, uint8 (B, S, S, 3)."""
+        gt = torch.stack([example.image for example in examples])
+        keep_mask = torch.stack([example.keep_mask for example in examples])
+        seeds = [task.origin.stream for task in part]
+        start = _earlier_state(state_path)
+        if start is not None:
+            self.report.skip(self.inpainter.evaluations_before(start))
+        x = self.inpainter.sample(
+            gt, keep_mask, seeds, start=start, after_evaluation=self._checkpoints(state_path)
+        )
+        if not self.inpainter.paste_known:
+            return to_bytes(x)
+        originals = np.stack([example.image_bytes for example in examples])
+        return paste_known(to_bytes(x), originals, keep_mask)
+
+    def _checkpoints(self, state_path: str) -> Callable[[Evaluation], None]:
+        """What to do after each evaluation: count it; save the state in time, and at the end."""
+        every = self.plan.config.checkpoint_every
+        saved = time.monotonic()
+
+        def after_evaluation(evaluation: Evaluation) -> None:
+            nonlocal saved
+            try:
+                self.report.evaluation_done(evaluation.pred_x0)
+                self.stop.check()
+            except (Interrupted, UserError):
+                _save_state(state_path, evaluation.state())
+                raise
+            if time.monotonic() - saved >= every:
+                _save_state(state_path, evaluation.state())
+                saved = time.monotonic()
+
+        return after_evaluation
+
+    def _write(self, task: Task, example: Example, result: np.ndarray, seconds: float) -> None:
+        d, png = self.plan.dataset, encode_png(result)
+        if task.is_first_sample:
+            _write_companions(d, task.pair.name, example)
+        _write(f"{d.inpainted_dir}/{task.name}", png)
+        line = Result(self.plan.run, self.plan.digest, task.origin, len(png), seconds)
+        with _writing(self.records.path):
+            self.records.finished(task.name, line)
+
+    def _non_finite(self, part: Sequence[Task], error: NonFiniteError) -> str:
+        names = [part[i].name for i in error.images]
         others = f" and {len(names) - 1} more" if names[1:] else ""
-        raise UserError(
+        return (
             f"{names[0]}{others}: what the network predicts is not finite (NaN or infinity) at "
-            f"step {error.step}, after {report.batch_calls} of {plan.evaluations} evaluations; "
-            f"{_remedy(plan, inpainter.diffusion.device, speed)}"
-        ) from error
-    for pair, example, result in zip(batch, examples, results, strict=True):
-        _write_outputs(plan.dataset, pair, example, result)
-    return True
+            f"step {error.step}, after {self.report.batch_calls} of {self.plan.evaluations} "
+            f"evaluations; {self._remedy()}"
+        )
+
+    def _remedy(self) -> str:
+        """What to do where the network's output is not finite."""
+        if self.speed.precision == "fp16":
+            offered = offered_precisions(self.inpainter.diffusion.device)
+            others = [name for name in offered if name != "fp16"]
+            return f"fp16 has no larger numbers than 65504: set precision: {' or '.join(others)}"
+        path = self.plan.config.model_path
+        return f"the checkpoint is likely damaged: download {path} again"
+
+    def _await_others(self) -> None:
+        """Show what the other processes do, until they are done."""
+        done, since = -1, time.monotonic()
+        while self.team.add("batches done", 0) < len(self.plan.batches):
+            self.stop.check()
+            self.report.tell()
+            if self.report.done != done:
+                done, since = self.report.done, time.monotonic()
+            if time.monotonic() - since > STALLED:
+                raise UserError(
+                    "another process has done nothing for half an hour, and counts as lost; run "
+                    "the same command again to make what is missing"
+                )
+            time.sleep(POLLING)
+        self.report.tell()  # what they did since the last look
 
 
 def _halved(batch_size: int, device: torch.device, speed: Speed) -> int:
@@ -183,136 +298,113 @@ def _halved(batch_size: int, device: torch.device, speed: Speed) -> int:
     raise UserError(f"{device} has not enough memory for one image; set {', or '.join(remedies)}")
 
 
-def _remedy(plan: Plan, device: torch.device, speed: Speed) -> str:
-    """What to do where the network's output is not finite."""
-    if speed.precision == "fp16":
-        others = [name for name in offered_precisions(device) if name != "fp16"]
-        return f"fp16 has no larger numbers than 65504: set precision: {' or '.join(others)}"
-    return f"the checkpoint is likely damaged: download {plan.config.model_path} again"
+def _earlier_state(path: str) -> SamplerState | None:
+    """Where an earlier run stopped in this batch."""
+    try:
+        state = load_state(path)
+    except UserError as error:
+        warnings.warn(f"{error}; these images start afresh", UserWarning, stacklevel=2)
+        return None
+    return state and SamplerState(**state)
 
 
-def _load(plan: Plan, pair: Pair) -> Example:
-    flip = plan.dataset.random_flip and flip_decision(plan.seed, pair.index)
-    return load_pair(pair, plan.config.network.image_size, flip)
+def _save_state(path: str, state: SamplerState) -> None:
+    """A precaution, whose failure does not end the run."""
+    try:
+        save_state(path, vars(state) | {"x": state.x.cpu()})
+    except OSError as error:
+        reason = error.strerror or error
+        warnings.warn(f"cannot save the state in {path}: {reason}", UserWarning, stacklevel=2)
 
 
-def _inpaint(
-    plan: Plan,
-    inpainter: Inpainter,
-    batch: Sequence[Pair],
-    examples: Sequence[Example],
-    progress: Progress,
-) -> np.ndarray:
-    """The results of a batch, uint8 (B, S, S, 3)."""
-    gt = torch.stack([example.image for example in examples])
-    keep_mask = torch.stack([example.keep_mask for example in examples])
-    seeds = [plan.seed + pair.index for pair in batch]
-    results = to_bytes(inpainter.sample(gt, keep_mask, seeds, progress))
-    if inpainter.paste_known:
-        originals = np.stack([example.image_bytes for example in examples])
-        results = paste_known(results, originals, keep_mask)
-    return results
+# ---- After the last batch ---------------------------------------------------------------------
 
 
-def _write_outputs(d: DatasetConfig, pair: Pair, example: Example, result: np.ndarray) -> None:
+def _finish(plan: Plan, identity: Identity, records: Records) -> None:
+    """What rank 0 does when all is done: look whether all is there, and say so in run.json.
+
+    Raises UserError if something else has removed results meanwhile.
+    """
+    _restore_companions(plan)
+    history, sizes = records.history(), existing(plan.dataset.inpainted_dir)
+    results = {task.name: history.results.get(task.name) for task in plan.tasks}
+    missing = [
+        name
+        for name, result in results.items()
+        if not (result and result.digest == identity.digest and result.bytes == sizes.get(name))
+    ]
+    if missing:
+        raise UserError(
+            f"{counted(len(missing), 'result')} of {len(results)} went missing, first "
+            f"{missing[0]}: something else changed {plan.dataset.inpainted_dir} or "
+            f"{records.folder} meanwhile; run the same command again to make what is missing"
+        )
+    seconds = {name: result.seconds for name, result in results.items()}
+    _write_run_json(plan, identity, seconds)
+    with _writing(records.folder):
+        records.forget_states()
+
+
+def _restore_companions(plan: Plan) -> None:
+    """Write anew what is missing of the pictures that need no network."""
+    present = [existing(folder).keys() for folder in companion_folders(plan.dataset)]
+    for task in plan.tasks:
+        if task.is_first_sample and not all(task.pair.name in names for names in present):
+            example = load_pair(task.pair, plan.config.network.image_size, task.origin.flip)
+            _write_companions(plan.dataset, task.pair.name, example)
+
+
+# ---- Files ------------------------------------------------------------------------------------
+
+
+def _write_companions(d: DatasetConfig, name: str, example: Example) -> None:
+    """The input, the mask, and the input under the mask."""
     gt, m = example.image, example.keep_mask
-    pictures = {
-        d.inpainted_dir: result,
-        d.gt_masked_dir: _picture(gt * m - (1 - m)),
-        d.keep_mask_dir: _picture(2 * m - 1),
-    }
+    pictures = {d.gt_masked_dir: gt * m - (1 - m), d.keep_mask_dir: 2 * m - 1}
     if d.gt_dir is not None:
-        pictures[d.gt_dir] = _picture(gt)
+        pictures[d.gt_dir] = gt
     for folder, picture in pictures.items():
-        _write(f"{folder}/{pair.name}", encode_png(picture))
+        _write(f"{folder}/{name}", encode_png(to_bytes(picture[None])[0]))
 
 
 def _write(path: str, data: bytes) -> None:
-    """Raises UserError, for the disk may be full by now, or a folder be in the way."""
-    try:
+    with _writing(path):
         storage.write_atomically(path, data)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; what was written before is complete"
-        ) from error
 
 
-def _picture(x: torch.Tensor) -> np.ndarray:
-    return to_bytes(x[None])[0]
-
-
-def _output_folders(d: DatasetConfig) -> list[str]:
-    folders = (d.inpainted_dir, d.gt_masked_dir, d.gt_dir, d.keep_mask_dir)
-    return [folder for folder in folders if folder is not None]
-
-
-def _check_output_folder(folder: str) -> None:
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Errors as UserError, for the disk may be full by now, or a folder be in the way."""
     try:
-        storage.check_writable(folder)
+        yield
     except OSError as error:
         raise UserError(
-            f"cannot write in the output folder {folder}: {error.strerror or error}; change "
-            "`paths` in the config, or the folder's permissions"
+            f"cannot write {path}: {error.strerror or error}; what was written before is "
+            "complete, and the same command goes on from there"
         ) from error
 
 
-class _RunRecord:
-    """run.json: what was run, on what, and how long it took; complete once `finished` is true."""
-
-    def __init__(self, plan: Plan, device: torch.device, speed: Speed):
-        self.path = plan.record_path
-        self.seconds: dict[str, float] = {}
-        self.content: dict[str, Any] = {
-            "finished": False,
-            "config": to_yaml_dict(plan.config),
-            "seed": plan.seed,
-            "device": str(device),
-            "speed": asdict(speed),
-            "batch_size": plan.batch_size,
-            "versions": _versions(),
-            "images": plan.images,
-            "evaluations_per_image": plan.evaluations,
-            "evaluations": plan.total_evaluations,
-            "seconds_per_image": self.seconds,
-        }
-        # Reading a large checkpoint again takes seconds, which the sampling need not wait for.
-        paths = [plan.config.model_path]
-        if plan.config.classifier and plan.config.classifier.path:
-            paths.append(plan.config.classifier.path)
-        pool = ThreadPoolExecutor(1)
-        self.checkpoints = [pool.submit(_fingerprint, path) for path in paths]
-        pool.shutdown(wait=False)
-
-    def add(self, batch: Sequence[Pair], seconds: float) -> None:
-        """Note that a batch is written; its images share the time that it took."""
-        self.seconds |= {pair.name: round(seconds / len(batch), 3) for pair in batch}
-
-    def finish(self, batch_size: int) -> None:
-        """batch_size: what was left of it in the end."""
-        self.content["batch_size"] = batch_size
-        self.content["checkpoints"] = [future.result() for future in self.checkpoints]
-        self.content["finished"] = True
-        self.write()
-
-    def write(self) -> None:
-        text = json.dumps(self.content, indent=2)
-        _write(self.path, f"{text}\n".encode())
-
-
-def _fingerprint(path: str) -> dict[str, Any]:
-    with storage.open_binary(path) as file:
-        digest = hashlib.sha256()
-        size = 0
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"path": path, "bytes": size, "sha256": digest.hexdigest()}
+def _write_run_json(
+    plan: Plan, identity: Identity, seconds: dict[str, float] | None = None
+) -> None:
+    """What was run, on what, and how long it took. seconds: of each result; None: not finished."""
+    content = {
+        "finished": seconds is not None,
+        "config": to_yaml_dict(plan.config),
+        "seed": plan.config.seed,
+        "device": str(identity.device),
+        "speed": asdict(identity.speed),
+        "batch_size": plan.batch_size,
+        "versions": _versions(),
+        "images": plan.images,
+        "evaluations_per_image": plan.evaluations,
+        "evaluations": plan.total_evaluations,
+        "seconds_per_image": seconds or {},
+        "checkpoints": list(identity.checkpoints.values()),
+    }
+    _write(plan.record_path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "numpy", "pillow")}
     return {"python": platform.python_version(), **packages}
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RETRIES = 10
 CONNECT_SECONDS, READ_SECONDS = 5, 20  # until a server that does not answer counts as failing
 
-PIECE = 2**23  # bytes of a download that are held in memory
+PIECE = 2**20  # bytes of a file that are held in memory
 
 
 def is_remote(path: str) -> bool:
@@ -94,6 +94,16 @@ def open_binary(path: str) -> BinaryIO:
         raise
     file.seek(0)
     return file
+
+
+def file_digest(path: str) -> tuple[int, str]:
+    """Size and SHA-256 of a file. Raises OSError."""
+    size, digest = 0, hashlib.sha256()
+    with open_binary(path) as file:
+        while chunk := file.read(PIECE):
+            size += len(chunk)
+            digest.update(chunk)
+    return size, digest.hexdigest()
 
 
 def write_atomically(path: str, data: bytes) -> None:

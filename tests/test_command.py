@@ -67,6 +67,7 @@ def command(*arguments: str) -> Result:
         pytest.raises(SystemExit) as exit_,
     ):
         warnings.simplefilter("default")
+        warnings.simplefilter("ignore", ResourceWarning)  # as Python does for a user
         runpy.run_path(str(ROOT / "test.py"), run_name="__main__")
     return Result(exit_.value.code, out.getvalue(), err.getvalue())
 
@@ -196,7 +197,8 @@ def test_every_image_gets_its_four_files(finished):
     out = finished.case.out
     written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     expected = [f"{folder}/{name}" for folder in OUTPUTS.values() for name in names]
-    assert written == sorted([*expected, "run.json"])
+    records = ["inpainted.run/images-0.jsonl", "inpainted.run/lock"]
+    assert written == sorted([*expected, *records, "run.json"])
     for folder in OUTPUTS.values():
         shapes = {picture.shape for picture in finished.case.written(folder).values()}
         assert shapes == {(SIZE, SIZE, 3)}
@@ -270,15 +272,104 @@ def test_a_seed_drawn_afresh_is_told_and_repeats_the_run(case, plain):
     del case.config["seed"]
     seeds = []
     for _ in range(2):
-        first = case.run()
-        assert first.status == 0
-        seeds += re.findall(r"seed ([0-9]+) \(to repeat this run: --set seed=\1\)", first.out)
+        run = case.run("--overwrite")
+        assert run.status == 0
+        seeds += re.findall(r"seed ([0-9]+) \(to repeat this run: --set seed=\1\)", run.out)
     assert seeds[0] != seeds[1]
     assert case.record()["seed"] == case.record()["config"]["seed"] == int(seeds[1])
     drawn = case.written()
     assert differ(drawn, plain)
     case.write_to("again")
     assert_same(case.finish("--set", f"seed={seeds[1]}"), drawn)
+
+
+def test_a_run_without_a_seed_goes_on_with_that_of_the_run_before(case):
+    del case.config["seed"]
+    first = case.finish()
+    seed = case.record()["seed"]
+    (case.out / "inpainted" / "000001.png").unlink()
+    result = case.run()
+    assert f"seed {seed} (to repeat this run: --set seed={seed})\n" in result.out
+    assert "1 of 2 are finished and skipped (--overwrite does them again)\n" in result.out
+    assert_same(case.written(), first)
+    assert case.record()["seed"] == seed
+
+
+def test_what_is_finished_is_not_done_again(case, plain):
+    assert_same(case.finish(), plain)
+    before = case.tree()
+    with patch.object(factory, "build_inpainter", pytest.fail):
+        result = case.run()
+    assert (result.status, result.err) == (0, "")
+    assert result.out == (
+        "all were finished before (--overwrite makes them again); "
+        f"results: {case.out}/inpainted (settings and times: {case.out}/run.json)\n"
+    )
+    assert case.tree() == before
+
+
+def test_overwrite_does_all_again(case, plain):
+    case.finish()
+    paths = sorted((case.out / "inpainted").iterdir())
+    before = [path.read_bytes() for path in paths]
+    times = [path.stat().st_mtime_ns for path in paths]
+    result = case.run("--overwrite")
+    assert (result.status, result.err) == (0, "")
+    assert (
+        "2 of 2 were made before and are done again, first 000000.png: --overwrite was given; "
+        f"earlier results go to {case.out}/inpainted.old\n"
+    ) in result.out
+    assert [path.read_bytes() for path in paths] == before
+    assert all(path.stat().st_mtime_ns > time for path, time in zip(paths, times, strict=True))
+    old = sorted((case.out / "inpainted.old").iterdir())
+    assert [path.read_bytes() for path in old] == before
+
+
+def test_a_changed_setting_does_all_again_and_says_why(case, plain):
+    case.finish()
+    result = case.run("--set", "schedule_jump_params.jump_n_sample=1")
+    assert "first 000000.png: schedule_jump_params.jump_n_sample was 2, is 1; " in result.out
+    assert differ(case.written(), plain)
+    assert_same(case.written("inpainted.old"), plain)
+
+
+def test_a_changed_image_is_done_again_and_no_other(case, plain):
+    case.finish()
+    shutil.copy(case.folder / "gts" / "000000.png", case.folder / "gts" / "000001.png")
+    dry = case.run("--dry-run")
+    assert_same(case.written(), plain)
+    result = case.run()
+    for out in (dry.out, result.out):
+        assert "1 of 2 are finished and skipped (--overwrite does them again)\n" in out
+        reason = "1 of 2 were made before and are done again, first 000001.png: the image changed; "
+        assert reason in out
+    old = case.written("inpainted.old")
+    assert_same(old, {"000001.png": plain["000001.png"]})
+    assert_same(case.written() | old, plain)
+    assert differ({"000001.png": case.written()["000001.png"]}, plain)
+    gts = case.written("gt")
+    np.testing.assert_array_equal(gts["000000.png"], gts["000001.png"])
+
+
+def test_several_samples_of_each_image(case, plain):
+    case.dataset["batch_size"] = 3
+    result = case.run("--set", "samples_per_image=2")
+    assert (result.status, result.err) == (0, "")
+    assert ", 2 samples of each, batch size 3\n" in result.out
+    assert "5 network evaluations per sample, 20 in all\n" in result.out
+    names = [f"00000{image}_{sample}.png" for image in (0, 1) for sample in (0, 1)]
+    written = case.written()
+    assert list(written) == names
+    assert list(case.record()["seconds_per_image"]) == names
+    for name, picture in plain.items():
+        first, second = (written[f"{name[:-4]}_{sample}.png"].astype(int) for sample in (0, 1))
+        assert np.abs(first - picture).max() <= 1 and np.abs(second - first).max() > 1
+    for kind in ("gt", "gt_masked", "gt_keep_mask"):
+        assert list(case.written(kind)) == list(plain)
+    # Sample 1 of image 0 has the stream of this seed.
+    case.write_to("other")
+    other = case.finish("--set", f"seed={10 + 2**32}")["000000.png"].astype(int)
+    assert np.abs(other - written["000000_1.png"]).max() <= 1
 
 
 # ---- What a run does at a time, and how fast ----
@@ -288,13 +379,13 @@ def out_of_memory_above(images: int) -> Callable[..., torch.Tensor]:
     """`Inpainter.sample` on a GPU that holds so many images."""
     sample = Inpainter.sample
 
-    def sample_few(inpainter, gt, keep_mask, seeds, progress=None):
-        def run_out(done, total, x_0):
-            progress(done, total, x_0)
+    def sample_few(inpainter, gt, keep_mask, seeds, *, start, after_evaluation):
+        def run_out(evaluation):
+            after_evaluation(evaluation)
             if len(seeds) > images:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-        return sample(inpainter, gt, keep_mask, seeds, run_out)
+        return sample(inpainter, gt, keep_mask, seeds, start=start, after_evaluation=run_out)
 
     return sample_few
 
@@ -566,9 +657,9 @@ def test_a_mistake_in_the_config_is_told_without_waiting_for_torch(case):
 def test_an_image_that_is_damaged_while_the_run_is_on(case):
     build = factory.build_inpainter
 
-    def build_and_damage(*arguments):
+    def build_and_damage(*arguments, **keys):
         (case.folder / "gts" / "000001.png").write_bytes(b"")
-        return build(*arguments)
+        return build(*arguments, **keys)
 
     with patch.object(factory, "build_inpainter", build_and_damage):
         result = case.run()
@@ -578,11 +669,11 @@ def test_an_image_that_is_damaged_while_the_run_is_on(case):
     assert case.record()["finished"] is False
 
 
-def test_a_disk_that_is_full_while_the_run_is_on(case):
+def test_a_disk_that_is_full_while_the_run_is_on(case, plain):
     write = storage.write_atomically
 
     def fill_up(path, data):
-        if path.endswith("000001.png"):
+        if path.endswith("inpainted/000001.png"):
             raise OSError(28, "No space left on device")
         write(path, data)
 
@@ -592,6 +683,9 @@ def test_a_disk_that_is_full_while_the_run_is_on(case):
     (error,) = result.lines("error")
     assert "inpainted/000001.png: No space left on device" in error
     assert list(case.written()) == ["000000.png"]
+    assert case.record()["finished"] is False
+    assert_same(case.finish(), plain)
+    assert case.record()["finished"] is True
 
 
 # ---- What is warned of, and done ----
@@ -643,7 +737,7 @@ def test_without_a_folder_for_the_input_it_is_not_written(case, plain):
     del case.dataset["paths"]["gts"]
     assert_same(case.finish(), plain)
     assert sorted(path.name for path in case.out.iterdir()) == [
-        *("gt_keep_mask", "gt_masked", "inpainted", "run.json")
+        *("gt_keep_mask", "gt_masked", "inpainted", "inpainted.run", "run.json")
     ]
 
 
@@ -672,13 +766,16 @@ def test_without_injection_the_image_does_not_matter(case, plain):
     assert differ(free, plain)
     for path in (case.folder / "gts").iterdir():
         Image.new("RGB", (SIZE, SIZE), "red").save(path)
+    case.write_to("red")
     assert differ(case.finish(), plain)
+    case.write_to("red-free")
     assert_same(case.finish("--set", "inpa_inj_sched_prev=false"), free)
 
 
 def test_without_a_schedule_every_time_is_visited_once(case, plain):
     once = case.finish("--set", "schedule_jump_params.jump_n_sample=1")
     del case.config["schedule_jump_params"]
+    case.write_to("without")
     assert "3 network evaluations per image, 6 in all" in case.run("--dry-run").out
     assert_same(case.finish(), once)
     assert differ(once, plain)
@@ -712,7 +809,7 @@ def test_work_in_shuffled_order_gives_the_same(case, plain):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_leaves_complete_images_and_one_line(tmp_path):
     case = Case(tmp_path, images=4)
-    case.config |= {"timestep_respacing": "20"}
+    case.config |= {"timestep_respacing": "20", "checkpoint_every": 0}
     case.config["schedule_jump_params"] |= {"t_T": 20, "jump_n_sample": 10}  # 191 evaluations
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "test.py"), "--conf_path", case.conf_path()],
@@ -722,15 +819,21 @@ def test_ctrl_c_leaves_complete_images_and_one_line(tmp_path):
         # A test run in the background of a shell would pass on that it ignores the signal.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    first = [case.out / folder / "000000.png" for folder in OUTPUTS.values()]
-    while process.poll() is None and not all(path.exists() for path in first):
+    states = set()
+    while process.poll() is None and len(states) < 2:  # until it is at work on the second image
+        states |= {path.name for path in case.out.glob("inpainted.run/unfinished/*.pt")}
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert err == "stopped; the images that were finished are written\n"
-    files = [path for path in case.out.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".png", ".json"}
+    assert err == "stopped; to go on, run the same command again\n"
+    files = [path.relative_to(case.out) for path in case.out.rglob("*") if path.is_file()]
+    records = [path for path in files if path.parts[0] == "inpainted.run"]
+    assert {path.suffix for path in set(files) - set(records)} == {".png", ".json"}
+    *others, state = sorted(path.as_posix() for path in records)
+    assert others == ["inpainted.run/images-0.jsonl", "inpainted.run/lock"]
+    assert state.startswith("inpainted.run/unfinished/") and Path(state).name in states
+    assert torch.load(case.out / state, weights_only=True)["position"] > 0
     for folder in OUTPUTS.values():
         written = case.written(folder)  # reads every picture to its end
         assert "000000.png" in written and "000003.png" not in written

@@ -234,6 +234,8 @@ def test_defaults(write):
         "speed": {"fast": False, "precision": None, "compile": None, "cuda_graph": None},
         "seed": None,
         "paste_known": False,
+        "samples_per_image": 1,
+        "checkpoint_every": 300,
         "dataset": None,
     }
 
@@ -653,6 +655,8 @@ SAMPLING_RANGES = [
     ("classifier_depth", [1], [0], COUNT),
     ("cond_y", [None, 0, 999], [-1, 1000], "null or a whole number from 0 to 999"),
     ("seed", [None, 0, 2**62 - 1], [-1, 2**62], "null or a whole number >= 0 and < 2**62"),
+    ("samples_per_image", [1, 10**6], [0, -1, 1.5, 10**6 + 1], "a whole number from 1 to 1000000"),
+    ("checkpoint_every", [0, 0.5, 300], [-1, "often", float("inf")], NOT_NEGATIVE),
 ]
 TRAINING_RANGES = [
     ("batch_size", [1], [0], COUNT),

@@ -2,12 +2,12 @@
 
 | floor | modules |
 | --- | --- |
-| 0 | config, storage, nn, gaussian_diffusion, winograd, memory, progress |
-| 1 | unet, respace, checkpoint, image_datasets, scheduler |
-| 2 | repaint, denoiser, accel, training/* |
-| 3 | inpainter |
+| 0 | config, storage, nn, gaussian_diffusion, winograd, memory, interrupts |
+| 1 | unet, respace, checkpoint, image_datasets, scheduler, dist_util |
+| 2 | repaint, denoiser, accel, progress, records, measuring, training/* |
+| 3 | inpainter, plan |
 | 4 | factory, runner |
-| 5 | benchmarking; the package's own front (`__init__`) |
+| 5 | benchmarking, scaling; the package's own front (`__init__`) |
 | 6 | the entry scripts: test.py, train.py, benchmark.py |
 | 7 | data/*.py, scripts that use the package as its users do |
 
@@ -26,12 +26,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "guided_diffusion"
 FLOORS = (
-    ("config", "storage", "nn", "gaussian_diffusion", "winograd", "memory", "progress"),
-    ("unet", "respace", "checkpoint", "image_datasets", "scheduler"),
-    ("repaint", "denoiser", "accel", "training.*"),
-    ("inpainter",),
+    ("config", "storage", "nn", "gaussian_diffusion", "winograd", "memory", "interrupts"),
+    ("unet", "respace", "checkpoint", "image_datasets", "scheduler", "dist_util"),
+    ("repaint", "denoiser", "accel", "progress", "records", "measuring", "training.*"),
+    ("inpainter", "plan"),
     ("factory", "runner"),
-    ("benchmarking", "__init__"),
+    ("benchmarking", "scaling", "__init__"),
     ("test.py", "train.py", "benchmark.py"),
     ("data/*.py",),
 )

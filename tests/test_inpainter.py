@@ -24,6 +24,8 @@ from guided_diffusion.denoiser import FiniteCheck, NonFiniteError
 from guided_diffusion.gaussian_diffusion import ReverseStep
 from guided_diffusion.image_datasets import load_prepared, to_bytes
 from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.records import load_state, save_state
+from guided_diffusion.repaint import SamplerState, Streams
 
 ROOT = Path(__file__).parents[1]
 CASE = ROOT / "tests" / "golden" / "e2e" / "resample"
@@ -154,6 +156,13 @@ def test_image_i_of_a_batch_is_a_single_run_from_seed_plus_i(inpaint):
         torch.testing.assert_close(batch[i], single[0], atol=1e-3, rtol=0)
 
 
+def test_samples_of_an_image_have_other_random_numbers():
+    """Their seeds are 2³² apart, of which a generator must not take the lower bits alone."""
+    streams = Streams([7 + sample * 2**32 for sample in range(4)])
+    noise = streams.normal(torch.zeros(4, 3, 8, 8))
+    assert len({tuple(image.flatten().tolist()) for image in noise}) == 4
+
+
 def test_the_command_writes_the_same_pictures(tmp_path, results):
     folders = {"srs": "inpainted", "lrs": "gt_masked", "gt_keep_masks": "gt_keep_mask"}
     paths = ", ".join(f"{key}: {tmp_path / name}" for key, name in folders.items())
@@ -220,6 +229,80 @@ def test_watching_changes_nothing(inpaint, pictures, masks, results):
     watched = inpaint(pictures[0], masks[0], 7, lambda done, total, x0: calls.append(done))
     np.testing.assert_array_equal(np.asarray(watched), np.asarray(results[0]))
     assert calls == list(range(1, EVALUATIONS + 1))
+
+
+# ---- Stopping, and going on ----
+
+
+def changing_network(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Depends on all that it is told, without sense."""
+    time, label = (numbers.view(-1, 1, 1, 1) / 1000 for numbers in (t, y))
+    noise = torch.tanh(1.3 * x + label) * (1 - time)
+    return torch.cat([noise, torch.sin(5 * noise + time)], dim=1)
+
+
+def sampled_with_states(inpaint: Inpainter, **sample: object) -> tuple[torch.Tensor, list]:
+    """A result, and the sampler's state after each evaluation."""
+    states = []
+    x = inpaint.sample(**sample, after_evaluation=lambda now: states.append(now.state()))
+    return x, states
+
+
+@pytest.mark.parametrize("inject_known", ["true", "false"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "{t_T: 8, n_sample: 1, jump_length: 3, jump_n_sample: 3}",
+        "{t_T: 8, n_sample: 2, jump_length: 1, jump_n_sample: 2, start_resampling: 3}",
+        "null",
+    ],
+)
+def test_from_any_state_the_sampler_goes_on_to_the_same_bits(monkeypatch, schedule, inject_known):
+    monkeypatch.setattr(factory, "load_network", lambda *_: changing_network)
+    monkeypatch.setattr(factory, "check_checkpoints", lambda config: None)
+    inpaint = load(
+        *("class_cond=true", "timestep_respacing='8'", "inpa_inj_time_shift=0"),
+        *(f"schedule_jump_params={schedule}", f"inpa_inj_sched_prev={inject_known}"),
+    )
+    ups = [u > t for t, u in pairwise(inpaint.times)]
+    assert any(ups) == (schedule != "null")
+    gt, keep_mask = random_batch(3)
+    batch = {"gt": gt, "keep_mask": keep_mask, "seeds": [7, 100, 8]}
+    whole, states = sampled_with_states(inpaint, **batch)
+    assert len({tuple(image.flatten().tolist()) for image in whole}) == 3
+    # Every downward transition is followed by a state.
+    assert [state.position - 1 for state in states] == [i for i, up in enumerate(ups) if not up]
+    for done, state in enumerate(states, start=1):
+        rest, later = sampled_with_states(inpaint, **batch, start=state)
+        assert torch.equal(rest, whole)
+        assert inpaint.evaluations_before(state) == done
+        assert len(later) == inpaint.evaluations - done
+    # What a state holds is its own: going on from it changes neither it nor another.
+    assert torch.equal(inpaint.sample(**batch, start=states[0]), whole)
+
+
+def test_a_state_on_disk_is_as_good(inpaint, tmp_path):
+    gt, keep_mask = random_batch(2)
+    batch = {"gt": gt, "keep_mask": keep_mask, "seeds": [1, 2]}
+    whole, states = sampled_with_states(inpaint, **batch)
+    assert len(states) == EVALUATIONS
+    for state in states:
+        save_state(str(tmp_path / "state.pt"), vars(state))
+        loaded = SamplerState(**load_state(str(tmp_path / "state.pt")))
+        assert torch.equal(inpaint.sample(**batch, start=loaded), whole)
+
+
+def test_what_is_raised_after_an_evaluation_stops_the_sampler(inpaint):
+    calls = []
+
+    def stop_after_two(evaluation) -> None:
+        calls.append(evaluation.position)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        inpaint.sample(*random_batch(1), [0], after_evaluation=stop_after_two)
+    assert calls == [1, 2]
 
 
 # ---- What is not finite ----

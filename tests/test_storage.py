@@ -2,7 +2,9 @@
 
 import errno
 import fcntl
+import hashlib
 import os
+import random
 import subprocess
 import sys
 import time
@@ -178,6 +180,14 @@ def test_while_writing_only_a_hidden_file_is_there(tmp_path, monkeypatch):
     storage.write_atomically(str(tmp_path / "x"), b"data")
     ((names, content),) = seen
     assert len(names) == 1 and names[0].startswith(".") and content == b"data"
+
+
+@pytest.mark.parametrize("size", [0, 3, 2**20, 2**21 + 5])
+def test_the_digest_of_a_file(tmp_path, size):
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "file").write_bytes(content)
+    expected = hashlib.sha256(content).hexdigest()
+    assert storage.file_digest(str(tmp_path / "file")) == (size, expected)
 
 
 def test_written_files_have_the_usual_permissions(tmp_path):

@@ -1,0 +1,413 @@
+"""The plan of a run: what there is to do, and what earlier runs have done of it."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, cached_property
+from threading import Thread
+from typing import Any, Literal
+
+import torch
+
+from guided_diffusion import storage
+from guided_diffusion.accel import Speed
+from guided_diffusion.checkpoint import fingerprint
+from guided_diffusion.config import Config, DatasetConfig, UserError, to_yaml_dict
+from guided_diffusion.dist_util import Team
+from guided_diffusion.image_datasets import Pair, check_pairs, find_pairs, flip_decision, for_each
+from guided_diffusion.records import History, Origin, Records, Settings, digest_of
+from guided_diffusion.scheduler import count_evaluations
+
+MAX_SEED = 2**31 - 1  # of seeds drawn afresh: short enough to type
+STREAMS = 2**32  # the seeds of an image's samples are so far apart
+
+PIXELS = 1  # to be raised when the same inputs and settings come to give other pixels
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to make."""
+
+    pair: Pair
+    name: str  # of the result, relative to its folder
+    origin: Origin
+    is_first_sample: bool  # of its image
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, settled before any weight is loaded."""
+
+    config: Config  # with the seed that will be used
+    tasks: list[Task]  # in the order of work
+    evaluations: int  # of the network, per picture
+    batch_size: int | Literal["auto"]  # to begin with; auto: still to be measured
+    run: int  # a number that no earlier run of this folder has
+    done: frozenset[str]  # names of results that are there already
+    redo: dict[str, str]  # names of results that are there, but do not count, and why
+    digest: str = ""  # of the settings; "": not yet settled
+
+    @property
+    def dataset(self) -> DatasetConfig:
+        return self.config.dataset
+
+    @property
+    def images(self) -> int:
+        return len({task.pair.index for task in self.tasks})
+
+    @property
+    def total_evaluations(self) -> int:
+        """One for each picture of a batch."""
+        return len(self.tasks) * self.evaluations
+
+    @cached_property
+    def batches(self) -> list[list[Task]]:
+        """What is still to be computed.
+
+        A batch is made up as in a run that starts afresh, since pixels depend on it in their last
+        bit. Of one that is done in part, all is computed again.
+        """
+        parts = in_batches(self.tasks, self.batch_size)
+        return [part for part in parts if not self.is_done(part)]
+
+    def is_done(self, tasks: Sequence[Task]) -> bool:
+        """Whether earlier runs have finished all of these."""
+        return all(task.name in self.done for task in tasks)
+
+    @property
+    def record_path(self) -> str:
+        """Where run.json goes: beside the folder of the results."""
+        log_dir = os.path.dirname(self.dataset.inpainted_dir.rstrip("/"))
+        return f"{log_dir}/run.json" if log_dir else "run.json"
+
+    @property
+    def old_dir(self) -> str:
+        """Where earlier results go that do not count any more."""
+        return f"{self.dataset.inpainted_dir.rstrip('/')}.old"
+
+    def describe(self, device: torch.device, speed: Speed) -> str:
+        """A few lines for people."""
+        d, seed, samples = self.dataset, self.config.seed, self.config.samples_per_image
+        measured = d.batch_size == "auto" and self.batch_size != "auto"
+        each = f", {samples} samples of each" if samples > 1 else ""
+        lines = [
+            f"{self.config.name}: {counted(self.images, 'image')} from {d.gt_path}, "
+            f"masks from {d.mask_path}{each}, "
+            f"batch size {self.batch_size}{' (auto)' * measured}",
+            f"{counted(self.evaluations, 'network evaluation')} per "
+            f"{'sample' if each else 'image'}, {self.total_evaluations:,} in all",
+            f"seed {seed} (to repeat this run: --set seed={seed})",
+            f"device {device}, {speed.describe()}",
+            *self._earlier_results(),
+        ]
+        return "\n".join(lines)
+
+    def describe_results(self) -> str:
+        """Where everything is."""
+        unchanged = "all were finished before (--overwrite makes them again); "
+        return unchanged * self.is_done(self.tasks) + (
+            f"results: {self.dataset.inpainted_dir} (settings and times: {self.record_path})"
+        )
+
+    def _earlier_results(self) -> Iterator[str]:
+        if self.done:
+            yield (
+                f"{len(self.done)} of {len(self.tasks)} are finished and skipped "
+                "(--overwrite does them again)"
+            )
+        if self.redo:
+            first, reason = next(iter(self.redo.items()))
+            others = len(set(self.redo.values())) - 1
+            more = f" (and {counted(others, 'other reason')})" if others else ""
+            yield (
+                f"{len(self.redo)} of {len(self.tasks)} were made before and are done again, "
+                f"first {first}: {reason}{more}; earlier results go to {self.old_dir}"
+            )
+
+
+def in_batches(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    """In order, `size` at a time; the last batch may be smaller."""
+    return [list(tasks[i : i + size]) for i in range(0, len(tasks), size)]
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+# ---- What the pixels follow from --------------------------------------------------------------
+
+# Keys that change no pixel, or that count in other ways: in origins, or as the speed they come to.
+_NO_SETTINGS = (
+    *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),
+    *("device", "fast", "precision", "compile", "cuda_graph", "use_fp16"),
+)
+
+
+class Identity:
+    """What all results of a run follow from, besides each one's `Origin`."""
+
+    def __init__(self, config: Config, device: torch.device, speed: Speed):
+        self.config = config
+        self.device = device
+        self.speed = speed
+
+    @cached_property
+    def _hashing(self) -> dict[str, Future]:
+        paths = {"model_path": self.config.model_path}
+        if self.config.classifier:
+            paths["classifier_path"] = self.config.classifier.path
+        return {key: _in_background(fingerprint, path) for key, path in paths.items()}
+
+    def start_hashing(self) -> None:
+        """Read the checkpoints; for large ones that takes seconds, which nothing need wait for."""
+        _ = self._hashing
+
+    @cached_property
+    def checkpoints(self) -> dict[str, dict[str, Any]]:
+        """Path, size and SHA-256 of each checkpoint, by its key. Raises UserError."""
+        return {key: future.result() for key, future in self._hashing.items()}
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Key -> setting, or SHA-256 of a checkpoint. Raises UserError."""
+        tree = to_yaml_dict(self.config)
+        settings = dict(_flat({k: v for k, v in tree.items() if k not in _NO_SETTINGS}))
+        digests = {key: checkpoint["sha256"] for key, checkpoint in self.checkpoints.items()}
+        return {
+            **settings,
+            **digests,
+            "device": self.device.type,  # each kind has random numbers of its own
+            "precision": self.speed.precision,
+            "compile": self.speed.compile,
+            "cuda_graph": self.speed.cuda_graph,
+            "version of the program": PIXELS,
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for the settings. Raises UserError."""
+        return digest_of(self.settings)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _in_background(function: Callable[[str], Any], argument: str) -> Future:
+    """What a thread will return that nobody waits for when the program ends with an error."""
+    future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(argument))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
+# ---- Planning ---------------------------------------------------------------------------------
+
+
+def make_plan(
+    config: Config,
+    times: Sequence[int],
+    identity: Identity,
+    records: Records,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Plan:
+    """Pair and check all inputs and outputs, and look what is done. Raises UserError.
+
+    overwrite: no earlier result counts. dry_run: another run may be at work meanwhile.
+    """
+    dataset = config.dataset
+    if dataset is None:
+        raise UserError(f"{config.source}: data.eval: missing; name one dataset")
+    identity.start_hashing()
+    pairs = find_pairs(dataset.gt_path, dataset.mask_path, dataset.offset, dataset.max_len)
+    for folder in [dataset.inpainted_dir, *companion_folders(dataset)]:
+        _check_output_folder(folder)
+    if not dry_run and storage.is_dir(records.folder):
+        records.lock()
+    history = records.history()
+    seed = _seed(config, history, overwrite)
+    if not dataset.deterministic:
+        random.Random(seed).shuffle(pairs)
+    size = dataset.batch_size
+    if size == "auto" and identity.device.type != "cuda":
+        size = 1  # elsewhere, larger batches are hardly faster
+    tasks = _make_tasks(replace(config, seed=seed), pairs)
+    if dataset.drop_last:
+        tasks = _whole_batches(tasks, size, config.source)
+    done, redo = _earlier_results(tasks, dataset, history, identity, overwrite)
+    plan = Plan(
+        config=replace(config, seed=seed),
+        tasks=tasks,
+        evaluations=count_evaluations(times),
+        batch_size=size,
+        run=history.run + 1,
+        done=done,
+        redo=redo,
+    )
+    check_pairs([task.pair for task in tasks if task.name not in done], config.network.image_size)
+    return plan
+
+
+def _seed(config: Config, history: History, overwrite: bool) -> int:
+    """The config's, or that with which an earlier run began, or a fresh one."""
+    if config.seed is not None:
+        return config.seed
+    if history.seed is not None and not overwrite:
+        return history.seed
+    return secrets.randbelow(MAX_SEED)
+
+
+def _make_tasks(config: Config, pairs: Sequence[Pair]) -> list[Task]:
+    """Raises UserError for a file that cannot be read."""
+    paths = (path for pair in pairs for path in (pair.image_path, pair.mask_path))
+    digest = for_each(paths, _input_digest)
+    samples, seed = config.samples_per_image, config.seed
+    return [
+        Task(
+            pair,
+            pair.name if samples == 1 else f"{pair.name.removesuffix('.png')}_{sample}.png",
+            Origin(
+                stream=seed + pair.index + sample * STREAMS,
+                flip=config.dataset.random_flip and flip_decision(seed, pair.index),
+                image=digest[pair.image_path],
+                mask=digest[pair.mask_path],
+            ),
+            is_first_sample=sample == 0,
+        )
+        for pair in pairs
+        for sample in range(samples)
+    ]
+
+
+def _input_digest(path: str) -> str:
+    try:
+        return storage.file_digest(path)[1]
+    except OSError as error:
+        raise UserError(
+            f"cannot read image {path}: {error.strerror or error}; replace or remove the file"
+        ) from error
+
+
+def _whole_batches(tasks: list[Task], size: int, source: str) -> list[Task]:
+    if len(tasks) < size:
+        raise UserError(
+            f"{source}: drop_last leaves no batch: there are {len(tasks)} image(s), fewer than "
+            f"batch_size {size}; set drop_last: false"
+        )
+    return tasks[: len(tasks) - len(tasks) % size]
+
+
+def _earlier_results(
+    tasks: Sequence[Task],
+    dataset: DatasetConfig,
+    history: History,
+    identity: Identity,
+    overwrite: bool,
+) -> tuple[frozenset[str], dict[str, str]]:
+    """Names of the results that count, and of those that are there but do not, with reasons."""
+    sizes = existing(dataset.inpainted_dir)
+    done, redo = set(), {}
+    differences = cache(lambda digest: history.differences(digest, identity.settings))
+    for task in tasks:
+        if task.name not in sizes:
+            continue
+        result = history.results.get(task.name)
+        if overwrite:
+            redo[task.name] = "--overwrite was given"
+        elif result is None:
+            redo[task.name] = "it is not known how it was made"
+        elif result.bytes != sizes[task.name]:
+            redo[task.name] = "its file was changed by something else"
+        elif reason := differences(result.digest) or result.origin.differences(task.origin):
+            redo[task.name] = reason
+        else:
+            done.add(task.name)
+    return frozenset(done), redo
+
+
+def existing(folder: str) -> dict[str, int]:
+    """Name, relative to the folder, and size of each file in it. Raises UserError."""
+    root = folder.rstrip("/")
+    try:
+        return {path[len(root) + 1 :]: size for path, size in storage.list_sizes(root).items()}
+    except OSError as error:
+        raise UserError(
+            f"cannot read the output folder {folder}: {error.strerror or error}"
+        ) from error
+
+
+def companion_folders(d: DatasetConfig) -> list[str]:
+    """Where the pictures go that are written beside each result."""
+    folders = (d.gt_masked_dir, d.keep_mask_dir, d.gt_dir)
+    return [folder for folder in folders if folder is not None]
+
+
+def _check_output_folder(folder: str) -> None:
+    try:
+        storage.check_writable(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write in the output folder {folder}: {error.strerror or error}; change "
+            "`paths` in the config, or the folder's permissions"
+        ) from error
+
+
+# ---- For other processes ----------------------------------------------------------------------
+
+
+def share_plan(
+    team: Team,
+    config: Config,
+    times: Sequence[int],
+    identity: Identity,
+    records: Records,
+    overwrite: bool,
+) -> Plan:
+    """The plan that rank 0 makes, in every process. Raises UserError."""
+    return team.share(
+        "plan",
+        lambda: make_plan(config, times, identity, records, overwrite=overwrite),
+        to_json,
+        lambda content: from_json(config, content),
+    )
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """What another process needs of a plan, besides the config."""
+    content = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    del content["config"]
+    return content | {
+        "seed": plan.config.seed,
+        "tasks": [asdict(task) for task in plan.tasks],
+        "done": sorted(plan.done),
+    }
+
+
+def from_json(config: Config, content: dict[str, Any]) -> Plan:
+    """The plan that `to_json` was given. config: as it was loaded."""
+    fields = dict(content)
+    fields["config"] = replace(config, seed=fields.pop("seed"))
+    fields["tasks"] = [
+        Task(**task | {"pair": Pair(**task["pair"]), "origin": Origin(**task["origin"])})
+        for task in fields["tasks"]
+    ]
+    fields["done"] = frozenset(fields["done"])
+    return Plan(**fields)

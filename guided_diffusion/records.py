@@ -1,0 +1,210 @@
+"""What is finished, so that a run goes on where an earlier one was stopped.
+
+Beside the folder of the results lies one of records, `inpainted.run` beside `inpainted`. In it each
+process appends to a file of its own, images-RANK.jsonl, one JSON object a line, never changed:
+
+    {"run": 2, "seed": 5, "settings": {...}, "digest": D}       a run begins
+    {"run": 2, "name": "x.png", "redo": "the image changed"}    an earlier result was set aside
+    {"run": 2, "name": "x.png", "digest": D, "stream": 5, ...}  a result is written
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, BinaryIO
+
+import torch
+
+from guided_diffusion import storage
+from guided_diffusion.checkpoint import load_state_dict
+from guided_diffusion.config import UserError
+
+Settings = dict[str, Any]  # key -> what determines pixels: a setting, or a checkpoint's digest
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What one result follows from, besides the settings of its run."""
+
+    stream: int  # seed of its random numbers
+    flip: bool
+    image: str  # SHA-256 of the file
+    mask: str
+
+    def differences(self, now: Origin) -> str:
+        """How another origin of the same result differs, in words; "" if it does not."""
+        if self.image != now.image:
+            return "the image changed"
+        if self.mask != now.mask:
+            return "the mask changed"
+        if self.stream != now.stream:
+            return f"the seed of its random numbers was {self.stream}, is {now.stream}"
+        return "random_flip changed" if self.flip != now.flip else ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line about a written result."""
+
+    run: int
+    digest: str  # of the run's settings
+    origin: Origin
+    bytes: int  # size of the file
+    seconds: float
+
+
+@dataclass
+class History:
+    """What the records of a folder say."""
+
+    run: int = 0  # the latest
+    seed: int | None = None  # of the latest run
+    settings: dict[str, Settings] = field(default_factory=dict)  # by digest
+    results: dict[str, Result] = field(default_factory=dict)  # by name; the latest
+
+    def read(self, line: dict[str, Any]) -> None:
+        """Take in a line; lines come in the order in which they count."""
+        run = int(line["run"])
+        self.run = max(self.run, run)
+        if "settings" in line:
+            self.settings[line["digest"]] = line["settings"]
+            self.seed = line["seed"]
+        elif "redo" in line:
+            self.results.pop(line["name"], None)
+        else:
+            origin = Origin(**{name: line[name] for name in Origin.__annotations__})
+            self.results[line["name"]] = Result(
+                run, line["digest"], origin, line["bytes"], line["seconds"]
+            )
+
+    def differences(self, digest: str, settings: Settings) -> str:
+        """How settings differ from those with this digest, in words; "" if they do not."""
+        if digest == digest_of(settings):
+            return ""
+        before = self.settings.get(digest)
+        if before is None:
+            return "its settings are not known"
+        changed = [
+            _difference(key, before.get(key), settings.get(key))
+            for key in {**before, **settings}
+            if before.get(key) != settings.get(key)
+        ]
+        return "; ".join(changed[:2]) + (f"; and {len(changed) - 2} more" if changed[2:] else "")
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if key in ("model_path", "classifier_path") and before and now:
+        return f"the file of {key} changed"
+    return f"{key} was {before}, is {now}"
+
+
+class Records:
+    """The folder of records of one folder of results."""
+
+    def __init__(self, results: str, rank: int = 0):
+        """results: the folder of the results."""
+        self.folder = f"{results.rstrip('/')}.run"
+        self.path = f"{self.folder}/images-{rank}.jsonl"
+        self._lock: BinaryIO | None = None
+
+    def lock(self) -> None:
+        """Keep other runs out until this process ends. Raises UserError if there is one."""
+        if self._lock is not None:
+            return
+        try:
+            self._lock = storage.lock(f"{self.folder}/lock")
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing these results ({error}, {self.folder}/lock): wait until "
+                "it ends, or give this one other `paths`"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {self.folder}: {error.strerror or error}; change the folder's "
+                "permissions, or `paths` in the config"
+            ) from error
+
+    def history(self) -> History:
+        """What all processes of all runs have recorded. Raises UserError."""
+        try:
+            files = [path for path in self._files() if path.endswith(".jsonl")]
+            lines = [line for path in files for line in _read_lines(path)]
+        except OSError as error:
+            raise UserError(
+                f"cannot read the records in {self.folder}: {error.strerror or error}; change the "
+                "folder's permissions, or delete it to start afresh"
+            ) from error
+        history = History()
+        # Within a run, what was set aside comes before what was written anew.
+        for line in sorted(lines, key=lambda line: (line["run"], "bytes" in line)):
+            with suppress(KeyError, TypeError):  # a line by something else
+                history.read(line)
+        return history
+
+    def _files(self) -> list[str]:
+        return storage.list_files(self.folder) if storage.is_dir(self.folder) else []
+
+    def begin(self, run: int, seed: int, settings: Settings) -> None:
+        """Note that a run begins. Raises OSError."""
+        digest = digest_of(settings)
+        self._append({"run": run, "seed": seed, "settings": settings, "digest": digest})
+
+    def set_aside(self, run: int, reasons: dict[str, str]) -> None:
+        """Note which results do not count any more, and why. Raises OSError."""
+        if reasons:
+            self._append(*({"run": run, "name": n, "redo": why} for n, why in reasons.items()))
+
+    def finished(self, name: str, result: Result) -> None:
+        """Note that a result is written. Raises OSError."""
+        line = {"run": result.run, "name": name, "digest": result.digest}
+        line |= asdict(result.origin) | {"bytes": result.bytes, "seconds": result.seconds}
+        self._append(line)
+
+    def _append(self, *lines: dict[str, Any]) -> None:
+        storage.append_line(self.path, "\n".join(map(json.dumps, lines)))
+
+    def state_path(self, digest: str, origins: Sequence[Origin]) -> str:
+        """Where the sampler's state for a batch goes; the name says all that it follows from."""
+        key = digest_of([digest, [asdict(origin) for origin in origins]])
+        return f"{self.folder}/unfinished/{key}.pt"
+
+    def forget_states(self) -> None:
+        """Remove all, once nothing is unfinished. Raises OSError."""
+        for path in self._files():
+            if path.startswith(f"{self.folder}/unfinished/"):
+                storage.remove(path)
+
+
+def save_state(path: str, state: dict[str, Any]) -> None:
+    """Write tensors and numbers. Raises OSError."""
+    try:
+        with storage.create_atomically(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch's writer, when the disk is full
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def load_state(path: str) -> dict[str, Any] | None:
+    """What `save_state` wrote; None if there is nothing. Raises UserError for a damaged file."""
+    return load_state_dict(path) if storage.exists(path) else None
+
+
+def _read_lines(path: str) -> Iterator[dict[str, Any]]:
+    with storage.open_binary(path) as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:  # the writer was killed in the middle
+                continue
+            if isinstance(line, dict) and isinstance(line.get("run"), int):
+                yield line
+
+
+def digest_of(content: Any) -> str:
+    """A short name for what JSON can hold; what is equal has the same."""
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
