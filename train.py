@@ -2,32 +2,34 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+import warnings
 
 from guided_diffusion.config import TrainingConfig, UserError, load_training_config
-
-if TYPE_CHECKING:
-    from guided_diffusion.training.loop import Trainer
+from guided_diffusion.dist_util import ALONE, World, read_world
 
 EXAMPLES = """examples:
   python data/make_portraits.py data/portraits --number 30000
   python train.py --conf_path confs/train_portraits.yml
   python train.py --conf_path confs/train_portraits.yml --set batch_size=64 --set lr=0.0003
+  torchrun --nproc_per_node=8 train.py --conf_path confs/train_portraits.yml
 
 A run that was stopped, by whatever, goes on from its newest complete checkpoint in log_dir:
-run the same command again.
+run the same command again, with as many processes as you like.
 """
 
 
 def main() -> int:
     arguments = parse_arguments()
+    world = ALONE
     try:
-        run(load_training_config(arguments.conf_path, arguments.set))
+        world = read_world()
+        warnings.showwarning = lambda text, *_: world.say(f"warning: {text}", sys.stderr)
+        run(load_training_config(arguments.conf_path, arguments.set), world)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        world.say(f"error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
+        world.say("stopped; run the same command again to resume", sys.stderr)
         return 130
     return 0
 
@@ -47,30 +49,22 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(config: TrainingConfig) -> None:
+def run(config: TrainingConfig, world: World) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
     from guided_diffusion.factory import build_trainer, sample_writer
     from guided_diffusion.training.loop import train
+    from guided_diffusion.training.processes import reporting_lost_processes
 
     log_dir = config.training.log_dir
-    trainer, images = build_trainer(config)
-    trainer.resume(log_dir)
-    print(describe(config, trainer, len(images)), flush=True)
-    write_samples = sample_writer(config, trainer.device, len(images.class_folders))
-    train(trainer, images, log_dir, write_samples=write_samples, show_progress=config.show_progress)
-    print(f"weights, for model_path: {log_dir}/{trainer.checkpoint_files(trainer.step)[1]}")
-
-
-def describe(config: TrainingConfig, trainer: "Trainer", images: int) -> str:
-    """Two lines for people."""
-    params = config.training
-    weights = sum(weight.numel() for weight in trainer.network.parameters())
-    return (
-        f"{config.name}: a network of {weights / 1e6:.1f} M weights, {images:,} image(s) of "
-        f"{params.data_dir}, {params.total_steps:,} steps of batch size {params.batch_size}\n"
-        f"seed {config.seed}, device {trainer.device}, log_dir {params.log_dir}, "
-        + (f"resuming from step {trainer.step}" if trainer.step else "starting afresh")
-    )
+    with reporting_lost_processes():
+        trainer, images = build_trainer(config, world)
+        trainer.resume(log_dir)
+        if world.rank == 0:
+            world.say(f"{config.name}: {trainer.describe(len(images))}")
+        draw = sample_writer(config, trainer.device, len(images.class_folders))
+        train(trainer, images, log_dir, write_samples=draw, show_progress=config.show_progress)
+    if world.rank == 0:
+        world.say(f"weights, for model_path: {log_dir}/{trainer.checkpoint_files(trainer.step)[1]}")
 
 
 if __name__ == "__main__":

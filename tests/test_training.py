@@ -252,10 +252,12 @@ def test_optimiser_takes_the_learning_rate(data_dir):
 
 def test_flips_mirror_about_half_of_the_images(data_dir, monkeypatch):
     seen = []
-    monkeypatch.setattr(Trainer, "_backward", lambda self, images, *_: seen.append(images) or 0.0)
+    monkeypatch.setattr(
+        Trainer, "_backward", lambda self, images, *_: seen.append(images) or torch.zeros(64)
+    )
     pictures = torch.randn(64, 3, 16, 16)
     for random_flip in (True, False):
-        trainer = make_trainer(data_dir, random_flip=random_flip)
+        trainer = make_trainer(data_dir, random_flip=random_flip, batch_size=64)
         trainer.train_step(pictures, torch.zeros(64, dtype=torch.long))
     flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(seen[0], pictures, strict=True)]
     same = [torch.equal(a, b) for a, b in zip(seen[0], pictures, strict=True)]

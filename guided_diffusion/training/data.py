@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from guided_diffusion.config import UserError
+from guided_diffusion.dist_util import ALONE, World
 from guided_diffusion.image_datasets import image_to_tensor, list_images, load_prepared
+from guided_diffusion.training.processes import share_of
 
 READERS = 2  # threads that read images while the network learns
 
@@ -70,17 +72,18 @@ class StepBatches:
 
 
 def endless_batches(
-    images: TrainingImages, batch_size: int, seed: int, first_step: int
+    images: TrainingImages, batch_size: int, seed: int, first_step: int, world: World = ALONE
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches ((B, 3, S, S), (B,)) of images and classes, read ahead.
+    """This rank's share ((b, 3, S, S), (b,)) of the images and classes of each step, read ahead.
 
-    Raises UserError that names a bad file. By threads, since an error in a process of its own
-    would come back as that process's traceback.
+    batch_size: of all ranks together. Raises UserError that names a bad file. By threads, since an
+    error in a process of its own would come back as that process's traceback.
     """
     order = iter(StepBatches(len(images), batch_size, seed, first_step))
+    share = share_of(world, batch_size)
 
     def read(batch: list[int]) -> list[tuple[torch.Tensor, int]]:
-        return [images[i] for i in batch]
+        return [images[i] for i in batch[share]]
 
     with ThreadPoolExecutor(READERS) as readers:
         ahead = deque(readers.submit(read, next(order)) for _ in range(READERS))

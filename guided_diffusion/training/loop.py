@@ -3,6 +3,11 @@
 Everything random in a step follows from (seed, step), so a checkpoint needs no random state, and
 a run that was killed at any moment goes on from its newest complete checkpoint to the same
 weights. Files are named as the ecosystem does: modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt.
+
+Of many processes, each draws what is random for the whole batch and learns from its share; their
+gradients are averaged, so that the network, the optimiser and the timesteps' losses stay the same
+in all. Rank 0 alone keeps averages and writes files, which do not tell how many processes there
+were.
 """
 
 import math
@@ -23,6 +28,7 @@ from guided_diffusion.respace import Process
 from guided_diffusion.training.data import TrainingImages, endless_batches
 from guided_diffusion.training.ema import EMA
 from guided_diffusion.training.losses import TIMESTEP_SAMPLERS, training_losses
+from guided_diffusion.training.processes import Processes, share_of
 
 WriteSamples = Callable[[dict[str, torch.Tensor], str], None]  # (weights, path of the picture)
 
@@ -47,15 +53,19 @@ class Trainer:
         params: TrainingParams,
         *,
         seed: int = 0,
-        device: torch.device | str = "cpu",
+        processes: Processes | None = None,
     ):
-        self.device = torch.device(device)
+        """processes: those that train together, and this one's device; None: this one, on CPU."""
+        self.processes = processes or Processes()
+        self.device = self.processes.device
         self.network = network.to(self.device, memory_format=torch.channels_last)
+        self.replica = self.processes.replicate(self.network)
         self.objective = objective
         self.params = params
         self.seed = seed
         self.step = 0
-        self.emas = [EMA(self.network, rate) for rate in params.ema_rate]
+        rates = params.ema_rate if self.processes.is_first else ()
+        self.emas = [EMA(self.network, rate) for rate in rates]
         self.timesteps = TIMESTEP_SAMPLERS[params.schedule_sampler](
             objective.process.diffusion.num_timesteps
         )
@@ -64,14 +74,24 @@ class Trainer:
         )
 
     def train_step(self, images: torch.Tensor, classes: torch.Tensor) -> float:
-        """Learn from one batch (B, 3, S, S) in [-1, 1] with classes (B,); returns the mean loss."""
-        torch.manual_seed(_step_seed(self.seed, self.step))
+        """Learn from one batch; returns its mean loss.
+
+        images: this rank's share of the batch, (b, 3, S, S) in [-1, 1]; classes: theirs, (b,).
+        """
+        batch_size, world = self.params.batch_size, self.processes.world
+        share = share_of(world, batch_size)
+        torch.manual_seed(_seed(self.seed, self.step))
         if self.params.random_flip:
-            flip = torch.rand(len(images)) < 0.5
+            flip = torch.rand(batch_size)[share] < 0.5
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        t, weights = self.timesteps.sample(len(images))
-        noise = torch.randn(images.shape)
-        loss = self._backward(images, classes, t, weights, noise)
+        t, weights = self.timesteps.sample(batch_size)
+        noise = torch.randn(batch_size, *images.shape[1:])[share]
+        if world.rank > 0:  # no two ranks drop out the same
+            torch.manual_seed(_seed(self.seed, self.step, world.rank))
+        losses = self._backward(images, classes, t[share], weights[share], noise)
+        losses = self.processes.gather(losses, batch_size).cpu()
+        self.timesteps.update(t, losses)
+        loss = losses.mean().item()
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of step {self.step} is {loss}: training has diverged; lower lr, or set "
@@ -81,18 +101,21 @@ class Trainer:
         self.step += 1
         return loss
 
-    def _backward(self, *batch: torch.Tensor) -> float:
-        """Add up the gradients, one microbatch at a time; returns the mean loss."""
-        batch_size = len(batch[0])
-        size = batch_size if self.params.microbatch == -1 else self.params.microbatch
-        total = 0.0
-        for part in zip(*(tensor.split(size) for tensor in batch), strict=True):
-            x0, y, t, weights, noise = (tensor.to(self.device) for tensor in part)
-            losses = self._losses(x0, y, t, noise)
-            (losses * weights).sum().div(batch_size).backward()
-            self.timesteps.update(t.cpu(), losses.detach().cpu())
-            total += losses.detach().sum().item()
-        return total / batch_size
+    def _backward(self, *share: torch.Tensor) -> torch.Tensor:
+        """Add up the gradients, one microbatch at a time; returns the losses of the share, (b,)."""
+        size = len(share[0]) if self.params.microbatch == -1 else self.params.microbatch
+        *parts, last = zip(*(tensor.split(size) for tensor in share), strict=True)
+        with self.processes.no_sync(self.replica):
+            losses = [self._learn(*part) for part in parts]
+        return torch.cat([*losses, self._learn(*last)])
+
+    def _learn(self, *part: torch.Tensor) -> torch.Tensor:
+        x0, y, t, weights, noise = (tensor.to(self.device) for tensor in part)
+        losses = self._losses(x0, y, t, noise)
+        # A sum over the batch, of which each rank has a share, by a mean over the ranks.
+        share = self.params.batch_size / self.processes.world.size
+        (losses * weights).sum().div(share).backward()
+        return losses.detach()
 
     def _losses(
         self, x0: torch.Tensor, y: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
@@ -101,7 +124,7 @@ class Trainer:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
             labels = (y,) if self.objective.class_cond else ()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.params.use_bf16):
-                return self.network(x_t, self.objective.process.network_times[t], *labels)
+                return self.replica(x_t, self.objective.process.network_times[t], *labels)
 
         return training_losses(
             network,
@@ -139,9 +162,15 @@ class Trainer:
 
         Raises UserError if log_dir holds checkpoints, but of another configuration.
         """
+        # Rank 0 decides: the others have no averages, and may see files later.
+        step = self.processes.share("step", lambda: self._newest_complete(log_dir))
+        if step is not None:
+            self._load(log_dir, step)
+
+    def _newest_complete(self, log_dir: str) -> int | None:
         steps = _saved_steps(log_dir)
         if not steps:
-            return
+            return None
         complete = [step for step in steps if not self._missing_files(log_dir, step)]
         if not complete:
             raise UserError(
@@ -149,9 +178,14 @@ class Trainer:
                 f"{self._missing_files(log_dir, steps[-1])[0]}: set ema_rate as it was, or choose "
                 "another log_dir to start afresh"
             )
-        self._load(log_dir, complete[-1])
+        return complete[-1]
 
     def _load(self, log_dir: str, step: int) -> None:
+        if missing := self._missing_files(log_dir, step):
+            raise UserError(
+                f"log_dir {log_dir}: rank 0 goes on from step {step}, but {missing[0]} is not "
+                "here: all machines need the same log_dir, on a disk that they share"
+            )
         *weights_paths, optimizer_path = (
             f"{log_dir}/{name}" for name in self.checkpoint_files(step)
         )
@@ -164,7 +198,8 @@ class Trainer:
                 f"{error}; to go on from an older checkpoint, delete {optimizer_path}; to start "
                 "afresh, choose another log_dir"
             ) from error
-        for part, path in zip([self.network, *self.emas], weights_paths, strict=True):
+        # Ranks without averages leave those paths alone.
+        for part, path in zip([self.network, *self.emas], weights_paths, strict=False):
             part.load_state_dict(load_state_dict(path))
         try:
             self.timesteps.load_state_dict(optimizer.pop("timesteps"))
@@ -182,8 +217,20 @@ class Trainer:
 
     def checkpoint_files(self, step: int) -> list[str]:
         """Names of a checkpoint's files: the weights, each average's, the optimiser's state."""
-        emas = [f"ema_{ema.rate}_{step:06d}.pt" for ema in self.emas]
+        emas = [f"ema_{rate}_{step:06d}.pt" for rate in self.params.ema_rate]
         return [f"model{step:06d}.pt", *emas, f"opt{step:06d}.pt"]
+
+    def describe(self, images: int) -> str:
+        """Two lines for people. images: how many there are to learn from."""
+        params, size = self.params, self.processes.world.size
+        weights = sum(weight.numel() for weight in self.network.parameters())
+        return (
+            f"a network of {weights / 1e6:.1f} M weights, {images:,} image(s) of "
+            f"{params.data_dir}, {params.total_steps:,} steps of batch size {params.batch_size}"
+            + (f" in {size} processes" if size > 1 else "")
+            + f"\nseed {self.seed}, device {self.device}, log_dir {params.log_dir}, "
+            + (f"resuming from step {self.step}" if self.step else "starting afresh")
+        )
 
 
 def train(
@@ -198,12 +245,17 @@ def train(
 
     Raises UserError if an image cannot be read, or log_dir cannot be written.
     """
-    params = trainer.params
-    _check_writable(log_dir)
-    batches = endless_batches(images, params.batch_size, trainer.seed, trainer.step)
+    params, processes = trainer.params, trainer.processes
+    processes.share("log_dir", lambda: _check_writable(log_dir))
+    batches = endless_batches(
+        images, params.batch_size, trainer.seed, trainer.step, processes.world
+    )
     recent: list[float] = []
     with tqdm(
-        total=params.total_steps, initial=trainer.step, unit="step", disable=not show_progress
+        total=params.total_steps,
+        initial=trainer.step,
+        unit="step",
+        disable=not (show_progress and processes.is_first),
     ) as bar:
         while trainer.step < params.total_steps:
             recent.append(trainer.train_step(*next(batches)))
@@ -211,11 +263,17 @@ def train(
             if trainer.step % params.log_interval == 0:
                 bar.set_postfix(loss=f"{np.mean(recent):.4f}")
                 recent.clear()
-            # The picture first: a run killed in between draws it again.
-            if params.sample_interval and _is_due(trainer, params.sample_interval):
-                write_samples(trainer.emas[0].weights, f"{log_dir}/samples{trainer.step:06d}.png")
-            if _is_due(trainer, params.save_interval):
-                trainer.save(log_dir)
+            if processes.is_first:
+                _write_what_is_due(trainer, log_dir, write_samples)
+    processes.part()
+
+
+def _write_what_is_due(trainer: Trainer, log_dir: str, write_samples: WriteSamples) -> None:
+    # The picture first: a run killed in between draws it again.
+    if trainer.params.sample_interval and _is_due(trainer, trainer.params.sample_interval):
+        write_samples(trainer.emas[0].weights, f"{log_dir}/samples{trainer.step:06d}.png")
+    if _is_due(trainer, trainer.params.save_interval):
+        trainer.save(log_dir)
 
 
 def _is_due(trainer: Trainer, interval: int) -> bool:
@@ -232,8 +290,8 @@ def learning_rate(params: TrainingParams, step: int) -> float:
     return rate
 
 
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _write(path: str, content: dict) -> None:
