@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   python benchmark.py --conf_path confs/demo.yml
   python benchmark.py --conf_path confs/face_example.yml --set fast=true
   python benchmark.py --conf_path confs/face_example.yml --precision bf16 --batch 4 --json
+  python benchmark.py --conf_path confs/demo.yml --scaling
 """
 
 
@@ -25,7 +26,7 @@ def main() -> int:
         if arguments.precision:
             settings = [*settings, f"precision={arguments.precision}"]
         config = load_config(arguments.conf_path, settings, require_data=False)
-        run(config, settings, arguments.batch, arguments.json)
+        run(config, settings, arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,21 +40,19 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--conf_path", required=True, metavar="FILE", help="a YAML file, such as those in confs/"
-    )
-    parser.add_argument("--precision", metavar="P", help="the same as --set precision=P")
-    parser.add_argument(
-        "--batch", type=batch_size, default=1, metavar="N", help="images at a time (1)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--conf_path", required=True, metavar="FILE", help="a YAML file, such as those in confs/")
+    add("--precision", metavar="P", help="the same as --set precision=P")
+    add("--batch", type=batch_size, default=1, metavar="N", help="images at a time (1)")
+    add("--scaling", action="store_true", help="compare 1, 2, 4, ... processes at once instead")
+    add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="use this value instead of the file's; KEY is a dotted path; repeatable",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    add("--json", action="store_true", help="print one JSON object, not a table")
     return parser.parse_args()
 
 
@@ -67,12 +66,13 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
     print(f"warning: {message}", file=sys.stderr)
 
 
-def run(config: Config, settings: list[str], batch: int, as_json: bool) -> None:
+def run(config: Config, settings: list[str], arguments: argparse.Namespace) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
-    from guided_diffusion import benchmarking
+    from guided_diffusion import benchmarking, scaling
 
-    figures = benchmarking.measure(config, settings, batch)
-    print(json.dumps(figures.to_json()) if as_json else figures.describe())
+    measure = scaling.measure if arguments.scaling else benchmarking.measure
+    figures = measure(config, settings, arguments.batch)
+    print(json.dumps(figures.to_json()) if arguments.json else figures.describe())
 
 
 if __name__ == "__main__":

@@ -2,15 +2,10 @@
 
 import contextlib
 import json
-import math
 import os
-import platform
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import textwrap
 import time
 import warnings
 from collections import Counter
@@ -35,9 +30,18 @@ from guided_diffusion.checkpoint import load_state_dict
 from guided_diffusion.config import Config, UserError
 from guided_diffusion.denoiser import Network, network_denoiser
 from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.measuring import (
+    describe_machine,
+    digits,
+    example,
+    note,
+    page,
+    random_checkpoint,
+    room_on_gpu,
+)
 from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.scheduler import count_evaluations, plain_times
-from guided_diffusion.unet import AttentionBlock, UNet, UNetParams
+from guided_diffusion.unet import AttentionBlock, UNet
 from guided_diffusion.winograd import PackedConv2d, WinogradConv2d
 
 # Evaluations come in pairs, a plain one and a fast one.
@@ -49,8 +53,6 @@ CEILING_RUNS = 5  # of each, the best one counts
 GPU_MATRIX = 8192  # side of a matrix product that keeps any GPU busy
 
 STEPS_FOR_SAMPLER = 25
-
-WIDTH = 88  # of the notes below the table, in characters
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,13 @@ class Figures:
 
     def describe(self) -> str:
         """A table for people."""
-        notes = (textwrap.fill(note, WIDTH, subsequent_indent="    ") for note in self._foot())
-        return "\n".join([*self._head(), "", *_table(self._rows()), "", *notes])
+        return page(self._head(), self._rows(), self._foot())
 
     def _head(self) -> list[str]:
         size = self.config.network.image_size
         return [
             f"{self.config.name}: network for {size}×{size} images, {self.weights / 1e6:.1f} M "
-            f"weights, {_digits(self.operations / 1e12)} TFLOP an evaluation of batch {self.batch}",
+            f"weights, {digits(self.operations / 1e12)} TFLOP an evaluation of batch {self.batch}",
             f"machine: {self.machine}; device {self.device}",
             f"measured: {self.speed.describe()}",
         ]
@@ -156,21 +157,21 @@ class Figures:
         peak = self.first.peak_memory_bytes
         return [
             ("", "measured", "plain"),
-            ("milliseconds an evaluation, median", *map(_digits, medians)),
-            ("    fastest", *(_digits(min(times)) for _, times in both)),
-            ("    slowest", *(_digits(max(times)) for _, times in both)),
+            ("milliseconds an evaluation, median", *map(digits, medians)),
+            ("    fastest", *(digits(min(times)) for _, times in both)),
+            ("    slowest", *(digits(max(times)) for _, times in both)),
             *((f"    {part}", f"{share:.1%}", "") for part, share in self.shares.items()),
-            ("    the sampler adds", _digits(self.sampler_ms), ""),
+            ("    the sampler adds", digits(self.sampler_ms), ""),
             (
                 f"images per hour, at {self.evaluations_per_image:,} evaluations",
-                *(_digits(self.images_per_hour(ms)) for ms in medians),
+                *(digits(self.images_per_hour(ms)) for ms in medians),
             ),
-            ("TFLOP/s", *(_digits(self.tflops(ms)) for ms in medians)),
-            (f"    ceiling in {self.speed.precision}", _digits(self.ceiling.tflops), ""),
+            ("TFLOP/s", *(digits(self.tflops(ms)) for ms in medians)),
+            (f"    ceiling in {self.speed.precision}", digits(self.ceiling.tflops), ""),
             ("    share of it", f"{share:.0%}", ""),
-            ("peak memory, GB", "unknown" if peak is None else _digits(peak / 1e9), ""),
-            ("seconds until the first evaluation", _digits(self.first.seconds_until), ""),
-            ("times as fast as plain", _digits(self.ratio_to_plain), "1"),
+            ("peak memory, GB", "unknown" if peak is None else digits(peak / 1e9), ""),
+            ("seconds until the first evaluation", digits(self.first.seconds_until), ""),
+            ("times as fast as plain", digits(self.ratio_to_plain), "1"),
         ]
 
     def _foot(self) -> list[str]:
@@ -182,7 +183,7 @@ class Figures:
             f"ceiling: {self.ceiling.operation}, the best of this network's large convolutions "
             "and of matrix products.",
             "memory and seconds: of a fresh process, from its start; its first evaluation took "
-            f"{_digits(self.first.seconds)} s.",
+            f"{digits(self.first.seconds)} s.",
         ]
         if self.config.classifier:
             notes.append("The classifier that guides this config's sampling is not counted.")
@@ -200,24 +201,19 @@ def measure(config: Config, settings: Sequence[str], batch: int) -> Figures:
     times = factory.build_times(config)
     with torch.device("meta"):
         network = UNet(factory.unet_params(config.network))
-    try:
-        with _random_checkpoint(network) as path:
-            _note("starting a fresh process, for its memory and its first evaluation")
-            first = run_first_evaluation(config.source, settings, path, batch)
-            _note("looking for the ceiling")
-            ceiling = measure_ceiling(network, batch, speed, device)
-            _note("evaluating the network in turns with the plain one, for up to two minutes")
-            here = replace(config, model_path=path)
-            series, shares = _measure_network(here, speed, device, batch)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU has not enough memory for --batch {batch}; lower it, or --set device=cpu"
-        ) from error
+    with random_checkpoint(network) as path, room_on_gpu(batch):
+        note("starting a fresh process, for its memory and its first evaluation")
+        first = run_first_evaluation(config.source, settings, path, batch)
+        note("looking for the ceiling")
+        ceiling = measure_ceiling(network, batch, speed, device)
+        note("evaluating the network in turns with the plain one, for up to two minutes")
+        here = replace(config, model_path=path)
+        series, shares = _measure_network(here, speed, device, batch)
     return Figures(
         config=config,
         speed=speed,
         device=device,
-        machine=describe_machine(device),
+        machine=describe_machine(device, torch.get_num_threads()),
         batch=batch,
         weights=sum(weight.numel() for weight in network.parameters()),
         operations=count_operations(network, batch),
@@ -232,39 +228,6 @@ def measure(config: Config, settings: Sequence[str], batch: int) -> Figures:
 
 
 # ---- Both networks ---------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _random_checkpoint(network: UNet) -> Iterator[str]:
-    """The path of a checkpoint of random weights, which is there as long as the context lasts."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        path = os.path.join(folder, "random.pt")
-        gigabytes = sum(weight.nbytes for weight in network.parameters()) / 1e9
-        _note(f"writing {_digits(gigabytes)} GB of random weights to {folder}")
-        weights = random_weights(network)
-        try:
-            torch.save(weights, path)
-        except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
-            raise UserError(
-                f"cannot write {_digits(gigabytes)} GB of random weights to {folder}; set the "
-                "environment variable TMPDIR to a folder with room for them"
-            ) from error
-        del weights  # gigabytes, while others are measured
-        yield path
-
-
-def random_weights(network: UNet) -> dict[str, torch.Tensor]:
-    """A state dict that keeps activations near unit variance, with nothing left at zero."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for key, weight in network.state_dict().items():
-        values = torch.randn(weight.shape, generator=generator)
-        if weight.dim() > 1:
-            values /= math.prod(weight.shape[1:]) ** 0.5
-        else:  # biases, and the scales of the norms
-            values = values.mul_(0.1).add_(key.endswith("weight"))
-        weights[key] = values
-    return weights
 
 
 def plain_network(config: Config, device: torch.device) -> Network:
@@ -341,15 +304,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def example(p: UNetParams, batch: int, device: torch.device | str) -> list[torch.Tensor]:
-    """What a network takes: noise, times and, if it is class-conditional, classes."""
-    noise = torch.randn(batch, p.in_channels, p.image_size, p.image_size, device=device)
-    times = torch.full((batch,), 500.0, device=device)
-    if p.num_classes is None:
-        return [noise, times]
-    return [noise, times, torch.zeros(batch, dtype=torch.long, device=device)]
 
 
 def count_operations(network: UNet, batch: int) -> int:
@@ -646,42 +600,3 @@ def _peak_memory(device: torch.device) -> int | None:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return None
-
-
-# ---- Words -----------------------------------------------------------------------------------
-
-
-def describe_machine(device: torch.device) -> str:
-    """GPU or CPU, cores in use, torch."""
-    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
-    return ", ".join([*gpu, _cpu_name(), cores, f"torch {torch.__version__}"])
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return platform.processor() or platform.machine()
-
-
-def _digits(number: float) -> str:
-    """Three significant digits, or all of those before the point."""
-    places = 2 - math.floor(math.log10(number)) if number > 0 else 0
-    return f"{number:,.{max(0, places)}f}"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns side by side, the first one to the left, numbers to the right."""
-    label, *numbers = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        "  ".join([row[0].ljust(label), *map(str.rjust, row[1:], numbers)]).rstrip() for row in rows
-    ]
-
-
-def _note(text: str) -> None:
-    print(f"{text} ...", file=sys.stderr, flush=True)

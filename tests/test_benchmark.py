@@ -1,14 +1,8 @@
 """`python benchmark.py`: the figures agree with one another, and with what is known of them."""
 
-import contextlib
-import io
 import json
-import runpy
-import signal
-import sys
 import tempfile
 import time
-import warnings
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,54 +11,21 @@ from unittest.mock import MagicMock, patch
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
+from benchmark_command import Result, command, load, write
 from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion import benchmarking, factory
+from guided_diffusion import benchmarking, factory, measuring
 from guided_diffusion.accel import Speed
 from guided_diffusion.benchmarking import Ceiling, Convolution, Figures, FirstEvaluation
 from guided_diffusion.config import Config, UserError, load_config
 from guided_diffusion.unet import UNet
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-TINY = {
-    "model_path": "nowhere/none.pt",
-    "image_size": 16,
-    "num_channels": 32,
-    "channel_mult": "1,2",
-    "num_res_blocks": 1,
-    "attention_resolutions": "8",
-    "num_heads": 2,
-    "use_scale_shift_norm": True,
-    "learn_sigma": True,
-    "timestep_respacing": "3",
-    # Times 2 1, up to 2, 1 0, up to 1, 0: five evaluations.
-    "schedule_jump_params": {"t_T": 3, "n_sample": 1, "jump_length": 1, "jump_n_sample": 2},
-    "device": "cpu",
-}
 VARIANTS = {
     "plain": {},
     "convolutions that resample": {"resblock_updown": True},
     "class-conditional, other attention": {"class_cond": True, "use_new_attention_order": True},
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    status: int
-    out: str
-    err: str
-
-
-def write(folder: Path, **keys: object) -> str:
-    path = folder / "tiny.yml"
-    path.write_text(yaml.safe_dump(TINY | keys))
-    return str(path)
-
-
-def load(folder: Path, **keys: object) -> Config:
-    return load_config(write(folder, **keys), require_data=False)
 
 
 def on_meta(config: Config) -> UNet:
@@ -74,24 +35,8 @@ def on_meta(config: Config) -> UNet:
 
 def with_weights(config: Config, folder: Path) -> Config:
     path = folder / "random.pt"
-    torch.save(benchmarking.random_weights(on_meta(config)), path)
+    torch.save(measuring.random_weights(on_meta(config)), path)
     return replace(config, model_path=str(path))
-
-
-def command(*arguments: str) -> Result:
-    """What `python benchmark.py ARGUMENTS` does, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    handler = signal.getsignal(signal.SIGTERM)
-    with (
-        patch.object(sys, "argv", ["benchmark.py", *arguments]),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        warnings.catch_warnings(),
-        pytest.raises(SystemExit) as exit_,
-    ):
-        runpy.run_path(str(ROOT / "benchmark.py"), run_name="__main__")
-    signal.signal(signal.SIGTERM, handler)
-    return Result(exit_.value.code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -220,7 +165,7 @@ def test_settings_win_over_the_file_and_precision_is_one(tmp_path):
 def test_bad_input_is_one_clear_line_and_nothing_is_written(
     tmp_path, temporary, arguments, fragment
 ):
-    with patch.object(benchmarking, "random_weights", side_effect=AssertionError):
+    with patch.object(measuring, "random_weights", side_effect=AssertionError):
         result = command("--conf_path", write(tmp_path), *arguments)
     assert result.status == 2 and result.out == ""
     (line,) = result.err.splitlines()
@@ -354,7 +299,7 @@ def test_the_ceiling_is_the_best_of_all(tmp_path):
 @torch.no_grad()
 def test_the_plain_way_gives_what_the_fast_way_gives(tmp_path, variant):
     config = with_weights(load(tmp_path, **VARIANTS[variant]), tmp_path)
-    inputs = benchmarking.example(factory.unet_params(config.network), 2, CPU)
+    inputs = measuring.example(factory.unet_params(config.network), 2, CPU)
     plain = benchmarking.plain_network(config, CPU)(*inputs)
     fast = factory.build_network(config, CPU, Speed())(*inputs)
     assert plain.isfinite().all() and plain.std() > 0.1
@@ -380,7 +325,7 @@ def test_the_plain_way_is_fp32_nchw_with_explicit_attention(tmp_path):
         patch.object(F, "conv2d", convolution),
         patch.object(F, "scaled_dot_product_attention", attention),
     ):
-        network(*benchmarking.example(factory.unet_params(config.network), 1, CPU))
+        network(*measuring.example(factory.unet_params(config.network), 1, CPU))
     assert len(seen) > 20 and all(seen)
 
 
@@ -426,7 +371,7 @@ def test_each_network_is_measured_on_its_own_layout(tmp_path, temporary):
 
 def test_random_weights_leave_nothing_at_zero(tmp_path):
     network = on_meta(load(tmp_path, class_cond=True))
-    weights = benchmarking.random_weights(network)
+    weights = measuring.random_weights(network)
     assert {key: w.shape for key, w in weights.items()} == {
         key: w.shape for key, w in network.state_dict().items()
     }
