@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -201,6 +202,7 @@ def join(world: World) -> Team:
         return Team(world, HashStore())
     try:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=JOINING))
+        name = _meet(world, store)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -208,6 +210,31 @@ def join(world: World) -> Team:
             f"{str(error).splitlines()[0]}; start all of them with torchrun, see the README"
         ) from error
     store.set_timeout(WAITING)
-    # An agent of torchrun may keep its store when it restarts the processes.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Team(world, PrefixStore(f"repaint/{attempt}", store))
+    return Team(world, PrefixStore(name, store))
+
+
+def _meet(world: World, store: Store) -> str:
+    """A name for what these processes share: torchrun may keep its store over restarts.
+
+    TORCHELASTIC_RESTART_COUNT would not do: each agent counts for itself.
+    """
+    if world.rank > 0:
+        greeting = uuid.uuid4().hex
+        store.set(f"repaint/greeting/{world.rank}", greeting)
+        name = store.get(f"repaint/answer/{greeting}").decode()
+        store.set(f"{name}/here/{world.rank}", "")
+        return name
+    name, absent = f"repaint/{uuid.uuid4().hex}", set(range(1, world.size))
+    end = time.monotonic() + JOINING.total_seconds()
+    while absent and time.monotonic() < end:
+        for rank in tuple(absent):
+            # A greeting may be that of a process that has died: who lives says that it is here.
+            if store.check([f"repaint/greeting/{rank}"]):
+                greeting = store.get(f"repaint/greeting/{rank}").decode()
+                store.set(f"repaint/answer/{greeting}", name)
+            if store.check([f"{name}/here/{rank}"]):
+                absent.remove(rank)
+        time.sleep(0.05)
+    if absent:
+        raise RuntimeError(f"no sign of rank {min(absent)} for {JOINING}")
+    return name

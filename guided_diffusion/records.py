@@ -11,6 +11,7 @@ process appends to a file of its own, images-RANK.jsonl, one JSON object a line,
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -181,11 +182,9 @@ class Records:
 
 def save_state(path: str, state: dict[str, Any]) -> None:
     """Write tensors and numbers. Raises OSError."""
-    try:
-        with storage.create_atomically(path) as file:
-            torch.save(state, file)
-    except RuntimeError as error:  # torch's writer, when the disk is full
-        raise OSError(str(error).splitlines()[0]) from error
+    content = io.BytesIO()  # torch's own words about a full disk are for programmers
+    torch.save(state, content)
+    storage.write_atomically(path, content.getvalue())
 
 
 def load_state(path: str) -> dict[str, Any] | None:

@@ -137,7 +137,9 @@ def _do_batches(
         worker = _Worker(plan, inpainter, speed, records, team, report, stop, plan.batch_size)
         try:
             worker.work()
-        except UserError as error:
+        except Interrupted:  # torchrun interrupts all, and each has a state to save
+            raise
+        except Exception as error:
             team.stop(str(error))
             raise
     return worker.most

@@ -339,19 +339,17 @@ def test_processes_meet_and_share(monkeypatch):
 
 
 def test_processes_that_were_restarted_begin_anew(monkeypatch):
-    port, world = free_port(), World(0, 2, 0, 2)
-    meeting_at(monkeypatch, port, TORCHELASTIC_RESTART_COUNT="0")
-    with ThreadPoolExecutor(1) as pool:  # the store counts those who join
-        other = pool.submit(join, World(1, 2, 1, 2))
-        before = join(world)
-        other.result(timeout=20)
-    assert before.add("batches", 5) == 5
-    before.stop("a worker was killed")
-    meeting_at(monkeypatch, port, TORCHELASTIC_RESTART_COUNT="1")
-    after = join(World(1, 2, 1, 2))  # of a store that is still there
-    assert after.add("batches", 1) == 1
-    after.check()
-    assert before.add("batches", 1) == 6
+    meeting_at(monkeypatch, free_port())
+    ranks = [World(0, 2, 0, 2), World(1, 2, 1, 2)]
+    before = all_at_once([lambda world=world: join(world) for world in ranks])
+    assert [team.add("batches", 5) for team in before] == [5, 10]
+    before[0].stop("a worker was killed")
+    # The store is still there, and each agent of torchrun counts restarts of its own.
+    after = all_at_once([lambda world=world: join(world) for world in ranks])
+    assert [team.add("batches", 1) for team in after] == [1, 2]
+    for team in after:
+        team.check()
+    assert before[0].add("batches", 1) == 11
 
 
 def test_nobody_is_there(monkeypatch):
