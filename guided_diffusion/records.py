@@ -100,6 +100,7 @@ class History:
 def _difference(key: str, before: Any, now: Any) -> str:
     if key in ("model_path", "classifier_path") and before and now:
         return f"the file of {key} changed"
+    before, now = (v if isinstance(v, str) else json.dumps(v) for v in (before, now))  # as in YAML
     return f"{key} was {before}, is {now}"
 
 

@@ -398,7 +398,7 @@ ALL = [f"{number:06}.png" for number in range(4)]
     [
         (replace_image, ["000001.png"], "the image changed"),
         (replace_mask, ["000001.png"], "the mask changed"),
-        (change_setting, ALL, "paste_known was False, is True"),
+        (change_setting, ALL, "paste_known was false, is true"),
         (change_seed, ALL, "the seed of its random numbers was 10, is 20 (and 3 other reasons)"),
         (change_checkpoint, ALL, "the file of model_path changed"),
     ],

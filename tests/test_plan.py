@@ -352,7 +352,7 @@ ALL: dict[str, tuple[Callable[[Case], object], str]] = {
         _set(schedule_jump_params=SCHEDULE | {"t_T": 9}),
         "schedule_jump_params.t_T was 10, is 9",
     ),
-    "paste_known": (_set(paste_known=True), "paste_known was False, is True"),
+    "paste_known": (_set(paste_known=True), "paste_known was false, is true"),
     "class": (_set(cond_y=3), "cond_y was None, is 3"),
     "respacing": (_set(timestep_respacing="20"), "timestep_respacing was 10, is 20"),
     "injection": (_set(inpa_inj_sched_prev=False), "inpa_inj_sched_prev was True, is False"),

@@ -222,15 +222,15 @@ def test_lines_of_something_else_are_left_out(ranks, folder, rubbish):
         ({}, ""),
         ({"t_T": 100}, "t_T was 250, is 100"),
         ({"model_path": "c3d4"}, "the file of model_path changed"),
-        ({"classifier_path": "c3d4"}, "classifier_path was None, is c3d4"),
-        ({"paste_known": True, "t_T": 100}, "t_T was 250, is 100; paste_known was False, is True"),
+        ({"classifier_path": "c3d4"}, "classifier_path was null, is c3d4"),
+        ({"paste_known": True, "t_T": 100}, "t_T was 250, is 100; paste_known was false, is true"),
         (
             {"paste_known": True, "t_T": 100, "new": 1},
-            "t_T was 250, is 100; paste_known was False, is True; and 1 more",
+            "t_T was 250, is 100; paste_known was false, is true; and 1 more",
         ),
         (
             {"paste_known": True, "t_T": 100, "new": 1, "newer": 2},
-            "t_T was 250, is 100; paste_known was False, is True; and 2 more",
+            "t_T was 250, is 100; paste_known was false, is true; and 2 more",
         ),
     ],
 )
