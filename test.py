@@ -7,7 +7,7 @@ from functools import partial
 from signal import SIGINT
 
 from guided_diffusion.config import Config, UserError, load_config
-from guided_diffusion.dist_util import ALONE, World, join, read_world
+from guided_diffusion.dist_util import ALONE, World, join, read_world, restarted
 from guided_diffusion.interrupts import Interrupted
 
 EXAMPLES = """examples:
@@ -25,12 +25,13 @@ def main() -> int:
         world = read_world()
         warnings.showwarning = lambda text, *_: world.say(f"warning: {text}", sys.stderr)
         config = load_config(arguments.conf_path, arguments.set)
-        run(config, world, arguments.overwrite, arguments.dry_run)
+        run(config, world, arguments.overwrite and not restarted(), arguments.dry_run)
     except UserError as error:
         world.say(f"error: {error}", sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
-        world.say("stopped; to go on, run the same command again", sys.stderr)
+        again = "the same command again" + ", without --overwrite" * arguments.overwrite
+        world.say(f"stopped; to go on, run {again}", sys.stderr)
         return 128 + getattr(stop, "number", SIGINT)
     return 0
 

@@ -301,9 +301,10 @@ _ANYTHING = _Kind("anything", lambda node: None)
 Flag = Annotated[bool, _Kind("true or false", _flag)]
 _TEXT = re.compile(r"[^\0\ud800-\udfff]+", re.DOTALL)
 Text = Annotated[str, _kind("text", _text, _TEXT.fullmatch)]
+_PATH = re.compile(r"(?!(gs|az|https):/[^/])" + _TEXT.pattern, re.DOTALL)  # a URL that lacks a /
 FilePath = Annotated[
     str,
-    _kind("a path", lambda node: os.path.expanduser(_text(node)), _TEXT.fullmatch),
+    _kind("a path", lambda node: os.path.expanduser(_text(node)), _PATH.fullmatch),
 ]
 Count = Annotated[int, _whole(1)]
 CountOrZero = Annotated[int, _whole(0)]
@@ -474,17 +475,25 @@ def load_training_config(
     return config
 
 
-def to_yaml_dict(config: Config | TrainingConfig) -> dict[str, Any]:
-    """The effective config as YAML files write it; written out and loaded, it is equal again."""
+def to_yaml_dict(config: Config | TrainingConfig, defaults: bool = True) -> dict[str, Any]:
+    """The effective config as YAML files write it; written out and loaded, it is equal again.
+
+    defaults: False leaves out what is at its default.
+    """
     tree: dict[str, Any] = {}
     for part in (config, *filter(is_dataclass, vars(config).values())):
         for name in _kinds(type(part)):
+            if not defaults and getattr(part, name) == getattr(type(part), name, _NO_DEFAULT):
+                continue
             *sections, last = _key(type(part), name).split(".")
             node = tree
             for section in sections:
                 node = node.setdefault(part.name if section == "*" else section, {})
             node[last] = _as_yaml(getattr(part, name))
     return tree
+
+
+_NO_DEFAULT = object()
 
 
 def _as_yaml(value: Any) -> Any:

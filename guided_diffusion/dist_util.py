@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -46,8 +47,15 @@ class World:
         return "\n".join(f"[rank {self.rank}] {line}" for line in text.split("\n"))
 
     def say(self, text: str, file: TextIO | None = None) -> None:
-        """Print a text so labelled, at once. file: None is stdout."""
-        print(self.label(text), file=file, flush=True)
+        """Print a text so labelled, at once. file: None is stdout.
+
+        When nobody listens any more, as after `| head`, the run goes on in silence.
+        """
+        try:
+            print(self.label(text), file=file, flush=True)
+        except BrokenPipeError:
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, (file or sys.stdout).fileno())
 
 
 ALONE = World()
@@ -67,6 +75,11 @@ def read_world() -> World:
     if not os.environ.get("MASTER_ADDR"):
         raise _incomplete("MASTER_ADDR", "nothing", "the address of the machine of rank 0")
     return World(rank, size, local_rank, local_size)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again, after one of them died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _variable(name: str, least: int, below: int | None = None) -> int:

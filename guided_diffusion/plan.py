@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
@@ -20,7 +21,7 @@ from guided_diffusion.checkpoint import fingerprint
 from guided_diffusion.config import Config, DatasetConfig, UserError, to_yaml_dict
 from guided_diffusion.dist_util import Team
 from guided_diffusion.image_datasets import Pair, check_pairs, find_pairs, flip_decision, for_each
-from guided_diffusion.records import History, Origin, Records, Settings, digest_of
+from guided_diffusion.records import History, Origin, Records, Settings, beside, digest_of
 from guided_diffusion.scheduler import count_evaluations
 
 MAX_SEED = 2**31 - 1  # of seeds drawn afresh: short enough to type
@@ -88,7 +89,7 @@ class Plan:
     @property
     def old_dir(self) -> str:
         """Where earlier results go that do not count any more."""
-        return f"{self.dataset.inpainted_dir.rstrip('/')}.old"
+        return beside(self.dataset.inpainted_dir, ".old")
 
     def describe(self, device: torch.device, speed: Speed) -> str:
         """A few lines for people."""
@@ -175,8 +176,11 @@ class Identity:
 
     @cached_property
     def settings(self) -> Settings:
-        """Key -> setting, or SHA-256 of a checkpoint. Raises UserError."""
-        tree = to_yaml_dict(self.config)
+        """Key -> setting, or SHA-256 of a checkpoint. Raises UserError.
+
+        Without those at their defaults, so that a key that comes to be known changes nothing.
+        """
+        tree = to_yaml_dict(self.config, defaults=False)
         settings = dict(_flat({k: v for k, v in tree.items() if k not in _NO_SETTINGS}))
         digests = {key: checkpoint["sha256"] for key, checkpoint in self.checkpoints.items()}
         return {
@@ -324,6 +328,7 @@ def _earlier_results(
 ) -> tuple[frozenset[str], dict[str, str]]:
     """Names of the results that count, and of those that are there but do not, with reasons."""
     sizes = existing(dataset.inpainted_dir)
+    _warn_of_others(sizes.keys() - {task.name for task in tasks}, dataset.inpainted_dir)
     done, redo = set(), {}
     differences = cache(lambda digest: history.differences(digest, identity.settings))
     for task in tasks:
@@ -341,6 +346,16 @@ def _earlier_results(
         else:
             done.add(task.name)
     return frozenset(done), redo
+
+
+def _warn_of_others(names: Set[str], folder: str) -> None:
+    if names:
+        warnings.warn(
+            f"{counted(len(names), 'file')} in {folder} would not be made by this run, first "
+            f"{min(names)}; left as they are",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def existing(folder: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -21,8 +22,9 @@ from typing import Any, BinaryIO
 import torch
 
 from guided_diffusion import storage
-from guided_diffusion.checkpoint import load_state_dict
 from guided_diffusion.config import UserError
+
+STATES = 1  # to be raised when states come to have another form
 
 Settings = dict[str, Any]  # key -> what determines pixels: a setting, or a checkpoint's digest
 
@@ -43,7 +45,7 @@ class Origin:
         if self.mask != now.mask:
             return "the mask changed"
         if self.stream != now.stream:
-            return f"the seed of its random numbers was {self.stream}, is {now.stream}"
+            return "the seed changed, or its place among the images"
         return "random_flip changed" if self.flip != now.flip else ""
 
 
@@ -86,22 +88,28 @@ class History:
         """How settings differ from those with this digest, in words; "" if they do not."""
         if digest == digest_of(settings):
             return ""
-        before = self.settings.get(digest)
-        if before is None:
-            return "its settings are not known"
+        before = self.settings.get(digest, {})
         changed = [
             _difference(key, before.get(key), settings.get(key))
             for key in {**before, **settings}
             if before.get(key) != settings.get(key)
         ]
+        if digest not in self.settings or not changed:
+            return "its settings are not known"
         return "; ".join(changed[:2]) + (f"; and {len(changed) - 2} more" if changed[2:] else "")
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
     if key in ("model_path", "classifier_path") and before and now:
         return f"the file of {key} changed"
-    before, now = (v if isinstance(v, str) else json.dumps(v) for v in (before, now))  # as in YAML
+    before, now = (_as_yaml(value) for value in (before, now))
     return f"{key} was {before}, is {now}"
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None:
+        return "at its default"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 class Records:
@@ -109,7 +117,7 @@ class Records:
 
     def __init__(self, results: str, rank: int = 0):
         """results: the folder of the results."""
-        self.folder = f"{results.rstrip('/')}.run"
+        self.folder = beside(results, ".run")
         self.path = f"{self.folder}/images-{rank}.jsonl"
         self._lock: BinaryIO | None = None
 
@@ -143,7 +151,7 @@ class Records:
         history = History()
         # Within a run, what was set aside comes before what was written anew.
         for line in sorted(lines, key=lambda line: (line["run"], "bytes" in line)):
-            with suppress(KeyError, TypeError):  # a line by something else
+            with suppress(KeyError):  # a line by something else
                 history.read(line)
         return history
 
@@ -171,8 +179,8 @@ class Records:
 
     def state_path(self, digest: str, origins: Sequence[Origin]) -> str:
         """Where the sampler's state for a batch goes; the name says all that it follows from."""
-        key = digest_of([digest, [asdict(origin) for origin in origins]])
-        return f"{self.folder}/unfinished/{key}.pt"
+        key = digest_of([STATES, digest, [asdict(origin) for origin in origins]])
+        return f"{self.folder}/unfinished/{key}.state"
 
     def forget_states(self) -> None:
         """Remove all, once nothing is unfinished. Raises OSError."""
@@ -181,16 +189,31 @@ class Records:
                 storage.remove(path)
 
 
+def beside(folder: str, suffix: str) -> str:
+    """The path beside a folder, of its name with a suffix, by whatever path one comes to it."""
+    if storage.is_remote(folder):
+        return folder.rstrip("/") + suffix
+    path, here = os.path.realpath(folder), os.getcwd()
+    return (os.path.relpath(path) if path.startswith(os.path.join(here, "")) else path) + suffix
+
+
 def save_state(path: str, state: dict[str, Any]) -> None:
     """Write tensors and numbers. Raises OSError."""
     content = io.BytesIO()  # torch's own words about a full disk are for programmers
     torch.save(state, content)
-    storage.write_atomically(path, content.getvalue())
+    data = content.getvalue()
+    storage.write_atomically(path, hashlib.sha256(data).digest() + data)
 
 
 def load_state(path: str) -> dict[str, Any] | None:
-    """What `save_state` wrote; None if there is nothing. Raises UserError for a damaged file."""
-    return load_state_dict(path) if storage.exists(path) else None
+    """What `save_state` wrote; None if there is nothing. Raises OSError, ValueError if damaged."""
+    if not storage.exists(path):
+        return None
+    with storage.open_binary(path) as file:
+        digest, data = file.read(hashlib.sha256().digest_size), file.read()
+    if hashlib.sha256(data).digest() != digest:  # torch would not notice
+        raise ValueError("the file is damaged")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _read_lines(path: str) -> Iterator[dict[str, Any]]:
@@ -198,10 +221,21 @@ def _read_lines(path: str) -> Iterator[dict[str, Any]]:
         for text in file:
             try:
                 line = json.loads(text)
-            except ValueError:  # the writer was killed in the middle
+            except (ValueError, RecursionError):  # the writer was killed in the middle, or worse
                 continue
-            if isinstance(line, dict) and isinstance(line.get("run"), int):
+            if isinstance(line, dict) and "run" in line and _has_our_types(line):
                 yield line
+
+
+_TYPES = {
+    **dict.fromkeys(("run", "seed", "stream", "bytes"), int),
+    **dict.fromkeys(("name", "redo", "digest", "image", "mask"), str),
+    **{"settings": dict, "flip": bool, "seconds": (int, float)},
+}
+
+
+def _has_our_types(line: dict[str, Any]) -> bool:
+    return all(isinstance(value, _TYPES.get(key, object)) for key, value in line.items())
 
 
 def digest_of(content: Any) -> str:

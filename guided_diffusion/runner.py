@@ -90,9 +90,10 @@ def _prepare(
             "again to go on from there"
         )
     plan = replace(plan, batch_size=_batch_size(plan, inpainter), digest=identity.digest)
-    with _writing(records.folder):
+    with _writing(records.path):
         records.begin(plan.run, plan.config.seed, identity.settings)
-        _set_aside(plan, records)
+        records.set_aside(plan.run, plan.redo)
+    _set_aside(plan)
     _write_run_json(plan, identity)
     return {"batch_size": plan.batch_size, "digest": plan.digest}
 
@@ -112,14 +113,15 @@ def _batch_size(plan: Plan, inpainter: Inpainter) -> int:
     return memory.measure_largest_batch(evaluate, device, most=len(plan.tasks))
 
 
-def _set_aside(plan: Plan, records: Records) -> None:
+def _set_aside(plan: Plan) -> None:
     """Take away the results that do not count any more, so that nothing stale has a final name."""
-    records.set_aside(plan.run, plan.redo)
     for task in plan.tasks:
         if task.name in plan.redo:
-            storage.move(f"{plan.dataset.inpainted_dir}/{task.name}", f"{plan.old_dir}/{task.name}")
-            for folder in companion_folders(plan.dataset):
-                storage.remove(f"{folder}/{task.pair.name}")
+            old = f"{plan.old_dir}/{task.name}"
+            with _writing(old):
+                storage.move(f"{plan.dataset.inpainted_dir}/{task.name}", old)
+                for folder in companion_folders(plan.dataset):
+                    storage.remove(f"{folder}/{task.pair.name}")
 
 
 # ---- The batches ------------------------------------------------------------------------------
@@ -133,7 +135,10 @@ def _do_batches(
     On rank 0 it returns when all processes are done.
     """
     images, show_bar = sum(map(len, plan.batches)), plan.config.show_progress
-    with ProgressReport(images, plan.evaluations, show_bar, team) as report, StopSignals() as stop:
+    with (
+        ProgressReport(images, plan.evaluations, show_bar, team) as report,
+        StopSignals(team.world.label) as stop,
+    ):
         worker = _Worker(plan, inpainter, speed, records, team, report, stop, plan.batch_size)
         try:
             worker.work()
@@ -189,7 +194,7 @@ class _Worker:
     def _finish(self, part: Sequence[Task]) -> bool:
         """Inpaint a batch and write its results; False if memory does not suffice for it."""
         started = time.monotonic()
-        examples = [self._load(task) for task in part]
+        examples = [_load(task, self.inpainter.image_size) for task in part]
         state_path = self.records.state_path(self.plan.digest, [task.origin for task in part])
         try:
             results = self._inpaint(part, examples, state_path)
@@ -204,9 +209,6 @@ class _Worker:
         with _writing(state_path):
             storage.remove(state_path)
         return True
-
-    def _load(self, task: Task) -> Example:
-        return load_pair(task.pair, self.plan.config.network.image_size, task.origin.flip)
 
     def _inpaint(
         self, part: Sequence[Task], examples: Sequence[Example], state_path: str
@@ -289,6 +291,18 @@ class _Worker:
         self.report.tell()  # what they did since the last look
 
 
+def _load(task: Task, image_size: int) -> Example:
+    """Raises UserError if a file cannot be read, or is not the one that the plan is for."""
+    example = load_pair(task.pair, image_size, task.origin.flip)
+    for path, digest in (
+        (task.pair.image_path, task.origin.image),
+        (task.pair.mask_path, task.origin.mask),
+    ):
+        if storage.file_digest(path)[1] != digest:
+            raise UserError(f"{path} changed during the run; run the same command again")
+    return example
+
+
 def _halved(batch_size: int, device: torch.device, speed: Speed) -> int:
     """The size to go on with where memory does not suffice. Raises UserError if there is none."""
     if batch_size > 1:
@@ -304,16 +318,20 @@ def _earlier_state(path: str) -> SamplerState | None:
     """Where an earlier run stopped in this batch."""
     try:
         state = load_state(path)
-    except UserError as error:
-        warnings.warn(f"{error}; these images start afresh", UserWarning, stacklevel=2)
+    except (OSError, ValueError) as error:
+        message = f"{path}: {error}; the images of this state start afresh"
+        warnings.warn(message, UserWarning, stacklevel=2)
         return None
     return state and SamplerState(**state)
 
 
 def _save_state(path: str, state: SamplerState) -> None:
     """A precaution, whose failure does not end the run."""
+    x = state.x.cpu()
+    if not x.isfinite().all():  # on a GPU, that is found some evaluations later
+        return
     try:
-        save_state(path, vars(state) | {"x": state.x.cpu()})
+        save_state(path, vars(state) | {"x": x})
     except OSError as error:
         reason = error.strerror or error
         warnings.warn(f"cannot save the state in {path}: {reason}", UserWarning, stacklevel=2)
@@ -352,7 +370,7 @@ def _restore_companions(plan: Plan) -> None:
     present = [existing(folder).keys() for folder in companion_folders(plan.dataset)]
     for task in plan.tasks:
         if task.is_first_sample and not all(task.pair.name in names for names in present):
-            example = load_pair(task.pair, plan.config.network.image_size, task.origin.flip)
+            example = _load(task, plan.config.network.image_size)
             _write_companions(plan.dataset, task.pair.name, example)
 
 

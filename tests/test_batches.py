@@ -31,7 +31,7 @@ from guided_diffusion.dist_util import Team, World, join
 from guided_diffusion.interrupts import Interrupted
 from guided_diffusion.plan import Identity, Plan, make_plan
 from guided_diffusion.progress import ProgressReport
-from guided_diffusion.records import Records
+from guided_diffusion.records import Records, load_state
 from guided_diffusion.repaint import Evaluation, SamplerState, Streams
 from guided_diffusion.scheduler import plain_times
 
@@ -763,7 +763,7 @@ def test_the_state_is_saved_in_time(folder):
         job = replace(job, plan=replace(job.plan, config=config, run=run))
         with patch.object(progress.time, "monotonic", lambda: clock[0]), pytest.raises(Crash):
             replace(job, team=join(ALONE)).run(Timed())
-        states = [torch.load(path, weights_only=True) for path in folder.states()]
+        states = [load_state(str(path)) for path in folder.states()]
         positions[every] = [state["position"] for state in states]
     assert positions == {300: [6], 700: [7], 0: [8], 1000: []}
 
@@ -787,7 +787,7 @@ def test_a_damaged_state_costs_a_line_and_no_image(folder):
     state.write_bytes(state.read_bytes()[:-100])
     again = FakeInpainter()
     (message,) = run(folder.plan_again(batch_size=2), again)
-    assert state.name in message and message.endswith("; these images start afresh")
+    assert state.name in message and message.endswith("; the images of this state start afresh")
     assert again.starts == [None]
     assert folder.streams() == expected_streams(2) and folder.states() == []
 
@@ -824,6 +824,18 @@ def test_what_another_run_has_finished_meanwhile_is_left_alone(folder):
         slow.run(FakeInpainter())
     assert folder.streams() == expected_streams(2)
     assert folder.plan_again().plan.done == {"0.png", "1.png"}
+
+
+@pytest.mark.parametrize("changed", ["gts/1.png", "mask.png"])
+def test_an_input_that_is_another_by_its_turn(folder, changed):
+    """Else pixels of one file would be recorded as those of another."""
+    job = folder.plan(2)
+    original = (folder.path / changed).read_bytes()
+    Image.new("RGB", (SIZE, SIZE), "blue").save(folder.path / changed)
+    with pytest.raises(UserError, match=f"{changed} changed during the run; run the same command"):
+        job.run(FakeInpainter())
+    (folder.path / changed).write_bytes(original)
+    assert "1.png" not in folder.plan_again().plan.done
 
 
 # ---- Several processes ----
@@ -888,7 +900,7 @@ def test_what_one_process_finds_ends_all(folder, pair, monkeypatch):
         first.run(Eventful(event=fail))
     assert str(error.value) == f"stopped, because of [rank 1] {seen[0]}"
     (state,) = folder.states()  # of the batch that rank 0 had begun
-    assert torch.load(state, weights_only=True)["position"] == 4
+    assert load_state(str(state))["position"] == 4
     assert folder.streams() == {} and folder.record()["finished"] is False
 
 

@@ -1,6 +1,7 @@
 """`python test.py`: what it says and writes, and what it refuses before it writes anything."""
 
 import contextlib
+import gc
 import io
 import json
 import math
@@ -30,6 +31,7 @@ from guided_diffusion import factory, storage
 from guided_diffusion.config import load_config
 from guided_diffusion.image_datasets import load_prepared
 from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.records import load_state
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -821,20 +823,62 @@ def test_ctrl_c_leaves_complete_images_and_one_line(tmp_path):
     )
     states = set()
     while process.poll() is None and len(states) < 2:  # until it is at work on the second image
-        states |= {path.name for path in case.out.glob("inpainted.run/unfinished/*.pt")}
+        states |= {path.name for path in case.out.glob("inpainted.run/unfinished/*.state")}
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert err == "stopped; to go on, run the same command again\n"
+    assert err.split("\n") == [
+        "",  # a line of its own, wherever the bar is
+        "stopping after this evaluation; Ctrl-C again stops at once",
+        "stopped; to go on, run the same command again",
+        "",
+    ]
     files = [path.relative_to(case.out) for path in case.out.rglob("*") if path.is_file()]
     records = [path for path in files if path.parts[0] == "inpainted.run"]
     assert {path.suffix for path in set(files) - set(records)} == {".png", ".json"}
     *others, state = sorted(path.as_posix() for path in records)
     assert others == ["inpainted.run/images-0.jsonl", "inpainted.run/lock"]
     assert state.startswith("inpainted.run/unfinished/") and Path(state).name in states
-    assert torch.load(case.out / state, weights_only=True)["position"] > 0
+    assert load_state(str(case.out / state))["position"] > 0
     for folder in OUTPUTS.values():
         written = case.written(folder)  # reads every picture to its end
         assert "000000.png" in written and "000003.png" not in written
     assert case.record()["finished"] is False
+
+
+def test_nobody_listens_any_more(case):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "test.py"), "--conf_path", case.conf_path()]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert run.returncode == 0 and "Error" not in run.stderr
+    assert len(case.written()) == 2 and case.record()["finished"] is True
+
+
+def test_overwrite_and_a_stop_or_a_restart(case, monkeypatch):
+    case.finish()
+    with patch.object(Inpainter, "sample", side_effect=KeyboardInterrupt):
+        result = case.run("--overwrite")
+    assert result.status == 130
+    assert result.err.endswith(
+        "stopped; to go on, run the same command again, without --overwrite\n"
+    )
+    case.finish()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # by torchrun, after a process has died
+    assert "all were finished before" in case.run("--overwrite").out
+
+
+def test_files_that_are_not_of_this_run_are_told_of(case):
+    case.finish()
+    (case.folder / "gts" / "000001.png").rename(case.folder / "gts" / "000002.png")
+    (case.folder / "masks" / "000001.png").rename(case.folder / "masks" / "000002.png")
+    result = case.run()
+    assert result.status == 0
+    (line,) = result.lines("warning")
+    assert line == (
+        f"warning: 1 file in {case.out}/inpainted would not be made by this run, first "
+        "000001.png; left as they are"
+    )
+    assert sorted(case.written()) == ["000000.png", "000001.png", "000002.png"]

@@ -229,7 +229,7 @@ def test_no_room_for_states_and_records(tmp_path):
     with start(case, file_size=3_300) as run:  # records: 1.3 kB, and 0.3 kB a picture
         result = run.end()
     assert f"cannot write {case.out}/inpainted.run/images-0.jsonl: " in assert_refused(result)
-    warning = r"warning: cannot save the state in .*/unfinished/\w+\.pt: .*"
+    warning = r"warning: cannot save the state in .*/unfinished/\w+\.state: .*"
     assert result.lines("warning") and not states(case)
     assert all(re.fullmatch(warning, line) for line in result.lines("warning"))
     left = 8 - len(recorded(case))
@@ -398,8 +398,8 @@ ALL = [f"{number:06}.png" for number in range(4)]
     [
         (replace_image, ["000001.png"], "the image changed"),
         (replace_mask, ["000001.png"], "the mask changed"),
-        (change_setting, ALL, "paste_known was false, is true"),
-        (change_seed, ALL, "the seed of its random numbers was 10, is 20 (and 3 other reasons)"),
+        (change_setting, ALL, "paste_known was at its default, is true"),
+        (change_seed, ALL, "the seed changed, or its place among the images"),
         (change_checkpoint, ALL, "the file of model_path changed"),
     ],
 )

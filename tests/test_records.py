@@ -19,6 +19,7 @@ from guided_diffusion.records import (
     Origin,
     Records,
     Result,
+    beside,
     digest_of,
     load_state,
     save_state,
@@ -222,7 +223,7 @@ def test_lines_of_something_else_are_left_out(ranks, folder, rubbish):
         ({}, ""),
         ({"t_T": 100}, "t_T was 250, is 100"),
         ({"model_path": "c3d4"}, "the file of model_path changed"),
-        ({"classifier_path": "c3d4"}, "classifier_path was null, is c3d4"),
+        ({"classifier_path": "c3d4"}, "classifier_path was at its default, is c3d4"),
         ({"paste_known": True, "t_T": 100}, "t_T was 250, is 100; paste_known was false, is true"),
         (
             {"paste_known": True, "t_T": 100, "new": 1},
@@ -239,9 +240,46 @@ def test_what_differs_between_settings(now, words):
     assert history.differences(DIGEST, SETTINGS | now) == words
 
 
+def test_settings_that_differ_in_nothing_but_their_digest_differ():
+    before = {DIGEST: SETTINGS}
+    now = SETTINGS | {"more": None}
+    assert History(settings=before).differences(DIGEST, now) == "its settings are not known"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"digest": []},
+        {"bytes": "100"},
+        {"seconds": None},
+        {"run": "1"},
+        {"name": 5},
+        {"flip": 0},
+        {"image": None},
+    ],
+)
+def test_a_result_of_wrong_types_does_not_count(ranks, wrong):
+    ranks[0].finished("x.png", a_result(1))
+    line = json.loads(Path(ranks[0].path).read_text())
+    Path(ranks[0].path).write_text(json.dumps(line | wrong) + "\n" + "[" * 100_000 + "\n")
+    assert ranks[0].history().results == {}
+
+
+@pytest.mark.parametrize("wrong", [{"settings": "abc"}, {"seed": "abc"}, {"digest": {}}])
+def test_a_beginning_of_wrong_types_does_not_count(ranks, wrong):
+    ranks[0].begin(1, 5, SETTINGS)
+    line = json.loads(Path(ranks[0].path).read_text())
+    Path(ranks[0].path).write_text(json.dumps(line | wrong) + "\n")
+    history = ranks[0].history()
+    assert history.settings == {} and history.seed is None
+
+
 def test_a_setting_that_is_gone_differs():
     now = {key: value for key, value in SETTINGS.items() if key != "t_T"}
-    assert History(settings={DIGEST: SETTINGS}).differences(DIGEST, now) == "t_T was 250, is None"
+    assert (
+        History(settings={DIGEST: SETTINGS}).differences(DIGEST, now)
+        == "t_T was 250, is at its default"
+    )
 
 
 def test_settings_that_no_line_tells_of():
@@ -255,7 +293,7 @@ def test_settings_that_no_line_tells_of():
         ({}, ""),
         ({"image": "3d"}, "the image changed"),
         ({"mask": "3d"}, "the mask changed"),
-        ({"stream": 9}, "the seed of its random numbers was 7, is 9"),
+        ({"stream": 9}, "the seed changed, or its place among the images"),
         ({"flip": True}, "random_flip changed"),
         ({"image": "3d", "mask": "3d", "stream": 9, "flip": True}, "the image changed"),
         ({"mask": "3d", "stream": 9, "flip": True}, "the mask changed"),
@@ -284,7 +322,7 @@ def test_the_path_of_a_state_depends_on_all_that_it_follows_from(ranks, folder):
     def path(digest: str = DIGEST, batch: list[Origin] = BATCH, rank: int = 0) -> str:
         return ranks[rank].state_path(digest, batch)
 
-    assert Path(path()).parent == folder / "unfinished" and path().endswith(".pt")
+    assert Path(path()).parent == folder / "unfinished" and path().endswith(".state")
     assert path() == path(batch=[replace(origin) for origin in BATCH], rank=5)
     changed = [replace(ORIGIN, **{key: "else"}) for key in Origin.__annotations__]
     others = [
@@ -312,11 +350,21 @@ def test_no_state_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 1, 100, -1])
-def test_a_damaged_state_is_a_user_error(tmp_path, left):
-    path = tmp_path / "state.pt"
+def test_a_state_that_was_cut_off(tmp_path, left):
+    path = tmp_path / "of.state"
     save_state(str(path), {"x": torch.zeros(100)})
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(UserError, match=r"state\.pt"):
+    with pytest.raises(ValueError, match="damaged"):
+        load_state(str(path))
+
+
+def test_a_single_bit_of_a_state(tmp_path):
+    path = tmp_path / "of.state"
+    save_state(str(path), {"x": torch.zeros(1000)})
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # among the numbers, where torch would not notice
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
         load_state(str(path))
 
 
@@ -342,6 +390,21 @@ def test_states_are_forgotten_and_nothing_else(ranks, folder):
     ranks[7].forget_states()
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["images-0.jsonl"]
     ranks[7].forget_states()
+
+
+# ---- Beside the results ----
+
+
+def test_all_paths_to_a_folder_lead_to_the_same_records(tmp_path, monkeypatch):
+    (tmp_path / "out" / "inpainted").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "out" / "inpainted")
+    monkeypatch.chdir(tmp_path)
+    paths = ["out/inpainted", "out/inpainted/", "out//inpainted", "out/inpainted/."]
+    paths += ["link", f"{tmp_path}/link", "out/../out/inpainted"]
+    assert {beside(path, ".run") for path in paths} == {"out/inpainted.run"}
+    monkeypatch.chdir(tmp_path / "out" / "inpainted")
+    assert beside(".", ".run") == f"{tmp_path}/out/inpainted.run"
+    assert beside("gs://bucket/out/", ".run") == "gs://bucket/out.run"
 
 
 # ---- One run at a time ----
