@@ -865,6 +865,7 @@ def test_overwrite_and_a_stop_or_a_restart(case, monkeypatch):
     assert result.err.endswith(
         "stopped; to go on, run the same command again, without --overwrite\n"
     )
+    gc.collect()  # of the stopped run, the lock, as when a process ends
     case.finish()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # by torchrun, after a process has died
     assert "all were finished before" in case.run("--overwrite").out
