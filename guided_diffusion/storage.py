@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RETRIES = 10
 CONNECT_SECONDS, READ_SECONDS = 5, 20  # until a server that does not answer counts as failing
 
-PIECE = 2**20  # bytes of a file that are held in memory
+PIECE = 2**23  # bytes of a file that are held in memory
 
 
 def is_remote(path: str) -> bool:

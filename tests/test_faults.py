@@ -186,7 +186,7 @@ def test_a_damaged_state_is_not_used(whole, tmp_path):
     with evaluations() as sizes:
         result = case.run()
     assert result.status == 0
-    assert any("these images start afresh" in line for line in result.lines("warning"))
+    assert any("the images of this state start afresh" in line for line in result.lines("warning"))
     assert len(sizes) == 3 * 5
     assert_equal(whole, case)
 
@@ -225,15 +225,15 @@ def test_no_room_for_a_picture(tmp_path):
 
 
 def test_no_room_for_states_and_records(tmp_path):
-    case = small_case(tmp_path, images=8, checkpoint_every=0)
-    with start(case, file_size=3_300) as run:  # records: 1.3 kB, and 0.3 kB a picture
+    case = small_case(tmp_path, images=12, checkpoint_every=0)
+    with start(case, file_size=3_300) as run:  # records: 0.6 kB, and 0.3 kB a picture
         result = run.end()
     assert f"cannot write {case.out}/inpainted.run/images-0.jsonl: " in assert_refused(result)
     warning = r"warning: cannot save the state in .*/unfinished/\w+\.state: .*"
     assert result.lines("warning") and not states(case)
     assert all(re.fullmatch(warning, line) for line in result.lines("warning"))
-    left = 8 - len(recorded(case))
-    assert 0 < left < 8
+    left = 12 - len(recorded(case))
+    assert 0 < left < 12
     assert not list(case.out.rglob(".*"))
     with evaluations() as sizes:
         case.finish()
