@@ -19,9 +19,10 @@ import torch
 import yaml
 from blobfile import _common
 from cloud_emulation import Answer, Cloud, Request, Silence
+from test_checkpoint import TINY, TINY_FILE
 
 from guided_diffusion import checkpoint, storage
-from guided_diffusion.config import NetworkConfig, UserError
+from guided_diffusion.config import UserError
 from guided_diffusion.factory import unet_params
 from guided_diffusion.image_datasets import find_pairs
 from guided_diffusion.unet import UNet
@@ -251,18 +252,6 @@ def test_a_bucket_that_does_not_exist_is_not_found(cloud, store):
 
 
 # ---- Copies of checkpoints ----
-
-TINY = NetworkConfig(  # what tiny32.pt holds
-    image_size=32,
-    num_channels=32,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    num_head_channels=16,
-    attention_resolutions=(16,),
-    resblock_updown=True,
-    learn_sigma=True,
-)
-TINY_FILE = GOLDEN / "tiny32.pt"
 
 
 @pytest.fixture(autouse=True)

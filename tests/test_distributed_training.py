@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import one_thread
 from test_training import (
     EVERYTHING,
     ROOT,
@@ -49,11 +50,9 @@ UNEVEN = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def quick():
+    with one_thread():
+        yield
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from small_runs import one_thread
 
 import train as script
 from guided_diffusion import load_inpainter
@@ -63,12 +64,10 @@ EVERYTHING = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def quick():
     """Tiny networks are faster so, and sums have one order, in this process and in others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture
