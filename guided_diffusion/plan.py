@@ -73,7 +73,8 @@ class Plan:
         A batch is made up as in a run that starts afresh, since pixels depend on it in their last
         bit. Of one that is done in part, all is computed again.
         """
-        parts = in_batches(self.tasks, self.batch_size)
+        size = self.batch_size
+        parts = [self.tasks[i : i + size] for i in range(0, len(self.tasks), size)]
         return [part for part in parts if not self.is_done(part)]
 
     def is_done(self, tasks: Sequence[Task]) -> bool:
@@ -129,11 +130,6 @@ class Plan:
                 f"{len(self.redo)} of {len(self.tasks)} were made before and are done again, "
                 f"first {first}: {reason}{more}; earlier results go to {self.old_dir}"
             )
-
-
-def in_batches(tasks: Sequence[Task], size: int) -> list[list[Task]]:
-    """In order, `size` at a time; the last batch may be smaller."""
-    return [list(tasks[i : i + size]) for i in range(0, len(tasks), size)]
 
 
 def counted(number: int, noun: str) -> str:
@@ -282,7 +278,7 @@ def _seed(config: Config, history: History, overwrite: bool) -> int:
 def _make_tasks(config: Config, pairs: Sequence[Pair]) -> list[Task]:
     """Raises UserError for a file that cannot be read."""
     paths = (path for pair in pairs for path in (pair.image_path, pair.mask_path))
-    digest = for_each(paths, _input_digest)
+    digest = for_each(paths, input_digest)
     samples, seed = config.samples_per_image, config.seed
     return [
         Task(
@@ -301,7 +297,8 @@ def _make_tasks(config: Config, pairs: Sequence[Pair]) -> list[Task]:
     ]
 
 
-def _input_digest(path: str) -> str:
+def input_digest(path: str) -> str:
+    """SHA-256 of an image or a mask. Raises UserError."""
     try:
         return storage.file_digest(path)[1]
     except OSError as error:

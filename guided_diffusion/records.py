@@ -71,7 +71,7 @@ class History:
 
     def read(self, line: dict[str, Any]) -> None:
         """Take in a line; lines come in the order in which they count."""
-        run = int(line["run"])
+        run = line["run"]
         self.run = max(self.run, run)
         if "settings" in line:
             self.settings[line["digest"]] = line["settings"]
@@ -88,25 +88,27 @@ class History:
         """How settings differ from those with this digest, in words; "" if they do not."""
         if digest == digest_of(settings):
             return ""
-        before = self.settings.get(digest, {})
+        before = self.settings.get(digest)
+        if before is None:
+            return "its settings are not known"
         changed = [
             _difference(key, before.get(key), settings.get(key))
             for key in {**before, **settings}
             if before.get(key) != settings.get(key)
         ]
-        if digest not in self.settings or not changed:
-            return "its settings are not known"
+        if not changed:
+            return "its settings are recorded in another form"
         return "; ".join(changed[:2]) + (f"; and {len(changed) - 2} more" if changed[2:] else "")
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
     if key in ("model_path", "classifier_path") and before and now:
         return f"the file of {key} changed"
-    before, now = (_as_yaml(value) for value in (before, now))
+    before, now = (_shown(value) for value in (before, now))
     return f"{key} was {before}, is {now}"
 
 
-def _as_yaml(value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is None:
         return "at its default"
     return value if isinstance(value, str) else json.dumps(value)

@@ -38,6 +38,7 @@ from guided_diffusion.plan import (
     companion_folders,
     counted,
     existing,
+    input_digest,
 )
 from guided_diffusion.progress import ProgressReport
 from guided_diffusion.records import Records, Result, load_state, save_state
@@ -298,7 +299,7 @@ def _load(task: Task, image_size: int) -> Example:
         (task.pair.image_path, task.origin.image),
         (task.pair.mask_path, task.origin.mask),
     ):
-        if storage.file_digest(path)[1] != digest:
+        if input_digest(path) != digest:
             raise UserError(f"{path} changed during the run; run the same command again")
     return example
 
