@@ -23,8 +23,9 @@ from guided_diffusion.config import (
 from guided_diffusion.denoiser import Denoiser, Network, guided, network_denoiser
 from guided_diffusion.dist_util import ALONE, World
 from guided_diffusion.gaussian_diffusion import beta_schedule
-from guided_diffusion.image_datasets import encode_png, picture_grid, to_bytes
+from guided_diffusion.image_datasets import to_bytes
 from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.pictures import encode_png, picture_grid
 from guided_diffusion.respace import Process, respaced_process
 from guided_diffusion.scheduler import jump_times, plain_times
 from guided_diffusion.training.data import TrainingImages

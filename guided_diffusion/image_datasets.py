@@ -1,4 +1,4 @@
-"""Images and masks: found in folders, paired, prepared as the network sees them, and back to PNG.
+"""Images and masks: paired, checked, as tensors, and back to bytes.
 
 An image's tensor is in [-1, 1], a keep mask's in [0, 1] (1 = keep, 0 = fill in); both have three
 channels. "Prepared" means uint8 RGB, (S, S, 3), S = image_size.
@@ -6,9 +6,6 @@ channels. "Prepared" means uint8 RGB, (S, S, 3), S = image_size.
 
 from __future__ import annotations
 
-import io
-import math
-import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -20,16 +17,14 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from guided_diffusion import storage
 from guided_diffusion.config import UserError
+from guided_diffusion.pictures import list_images, load_prepared, read_rgb, resize_and_crop
 
 READERS = 4  # threads
 
 T = TypeVar("T")
-
-IMAGE_TYPES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 
 
 @dataclass(frozen=True)
@@ -98,49 +93,6 @@ def _warn_of_different_names(pairs: list[Pair]) -> None:
             return
 
 
-# Where configs of this repository look for pictures that do not come with it.
-_SOURCES = {
-    "data/datasets/gts/portraits": "start it in the repository's folder",
-    "data/datasets/": "bash download.sh data fetches the original's example pictures",
-    "data/portraits": "python data/make_portraits.py data/portraits draws them",
-}
-
-
-def _how_to_get(path: str) -> str:
-    if storage.is_remote(path):
-        return ""
-    start = f" (relative paths start at the current directory, {os.getcwd()})"
-    return start + _hint(path)
-
-
-def _hint(path: str) -> str:
-    hints = (f"; {hint}" for start, hint in _SOURCES.items() if path.startswith(start))
-    return next(hints, "")
-
-
-def list_images(key: str, path: str) -> list[str]:
-    """The images that a path stands for; `key` is the config key that the path came from."""
-    try:
-        if not storage.exists(path):
-            raise UserError(f"{key}: no such file or folder: {path}{_how_to_get(path)}")
-        if not storage.is_dir(path):
-            return [path]
-        files = storage.list_files(path)
-    except OSError as error:
-        raise UserError(f"{key}: cannot read {path}: {_reason(error)}") from error
-    images = [file for file in files if _is_image_name(file)]
-    if not images:
-        raise UserError(
-            f"{key}: no images in folder {path} or its subfolders; "
-            f"accepted types: {', '.join(IMAGE_TYPES)}"
-        )
-    return images
-
-
-def _is_image_name(path: str) -> bool:
-    return PurePath(path).suffix.lower().removeprefix(".") in IMAGE_TYPES
-
-
 def _result_names(gt_path: str, images: list[str]) -> list[str]:
     """Where each image's result goes, relative to the output folders. Raises UserError."""
     root = gt_path if storage.is_dir(gt_path) else PurePath(gt_path).parent
@@ -170,24 +122,6 @@ def for_each(paths: Iterable[str], function: Callable[[str], T]) -> dict[str, T]
 
 
 # ---- From a file to a tensor ----
-
-
-def prepare(image: Image.Image, image_size: int) -> np.ndarray:
-    """Turn any picture into the square that the network sees.
-
-    Turned upright as its EXIF data say, 16 bits scaled to 8 (value / 257, rounded; colour pictures
-    of 16 bits are already reduced by Pillow, which keeps the high byte: at most one level less),
-    first frame, RGB without alpha; then reduced or enlarged until the shorter side is `image_size`,
-    and the centre cropped.
-
-    Returns uint8 (image_size, image_size, 3). Raises ValueError for pixels without a known range.
-    """
-    return _resize_and_crop(_upright_rgb(image), image_size)
-
-
-def load_prepared(path: str, image_size: int) -> np.ndarray:
-    """Read and prepare a picture: uint8 (S, S, 3). Raises UserError that names a bad file."""
-    return _resize_and_crop(_read(path), image_size)
 
 
 def image_to_tensor(prepared: np.ndarray) -> torch.Tensor:
@@ -221,54 +155,6 @@ def _channels_first(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))  # (3, S, S)
 
 
-def _read(path: str) -> Image.Image:
-    """A picture, decoded to its last pixel, upright, RGB. Raises UserError."""
-    try:
-        with storage.open_binary(path) as file:
-            return _upright_rgb(Image.open(file))
-    except Exception as error:  # Pillow reports damaged files by many unrelated types
-        raise UserError(
-            f"cannot read image {path}: {_reason(error)}; replace or remove the file"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "empty, damaged, or not an image"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too large, at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels are accepted"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)  # always a copy
-    # The alpha of a palette is dropped like any other; Pillow would recommend RGBA in a warning.
-    image.info.pop("transparency", None)
-    return _to_8_bits(image).convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey, where Pillow's `convert` would clip it. Raises ValueError."""
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers; save it with 8 or 16 bits")
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image)  # mode I is 32 bits wide, but used for 16-bit pictures too
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("pixels have more than 16 bits; save it with 8 or 16 bits")
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
-
-
-def _resize_and_crop(image: Image.Image, image_size: int) -> np.ndarray:
-    while min(image.size) >= 2 * image_size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = image_size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
-    return np.array(image.crop((left, top, left + image_size, top + image_size)))
-
-
 # ---- From a tensor to a file ----
 
 
@@ -289,24 +175,6 @@ def paste_known(results: np.ndarray, originals: np.ndarray, keep_masks: torch.Te
     """
     keep = keep_masks.cpu().permute(0, 2, 3, 1).numpy() == 1
     return np.where(keep, originals, results)
-
-
-def picture_grid(pictures: np.ndarray) -> np.ndarray:
-    """uint8 (N, S, S, 3) -> one picture, row by row, about as wide as high; the rest is black."""
-    number, size = pictures.shape[:2]
-    columns = math.ceil(math.sqrt(number))
-    rows = math.ceil(number / columns)
-    cells = np.zeros((rows * columns, size, size, 3), np.uint8)
-    cells[:number] = pictures
-    cells = cells.reshape(rows, columns, size, size, 3).swapaxes(1, 2)
-    return cells.reshape(rows * size, columns * size, 3)
-
-
-def encode_png(array: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) -> the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 # ---- Checks before hours of sampling ----
@@ -357,10 +225,10 @@ def _inspect_all(pairs: Sequence[Pair], image_size: int) -> dict[str, _Finding]:
 
 def _inspect(path: str, image_size: int) -> _Finding | UserError:
     try:
-        image = _read(path)
+        image = read_rgb(path)
     except UserError as error:
         return error
-    return _Finding(image.size, _kind(_resize_and_crop(image, image_size)))
+    return _Finding(image.size, _kind(resize_and_crop(image, image_size)))
 
 
 def _kind(prepared: np.ndarray) -> str:

@@ -14,9 +14,9 @@ from guided_diffusion.image_datasets import (
     image_to_tensor,
     mask_to_tensor,
     paste_known,
-    prepare,
     to_bytes,
 )
+from guided_diffusion.pictures import prepare
 from guided_diffusion.repaint import Evaluation, SamplerState, Streams, repaint
 from guided_diffusion.scheduler import count_evaluations
 

@@ -24,13 +24,13 @@ from guided_diffusion.denoiser import NonFiniteError
 from guided_diffusion.dist_util import Team
 from guided_diffusion.image_datasets import (
     Example,
-    encode_png,
     load_pair,
     paste_known,
     to_bytes,
 )
 from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.interrupts import Interrupted, StopSignals
+from guided_diffusion.pictures import encode_png
 from guided_diffusion.plan import (
     Identity,
     Plan,

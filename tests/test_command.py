@@ -29,8 +29,8 @@ from PIL import Image
 
 from guided_diffusion import factory, storage
 from guided_diffusion.config import load_config
-from guided_diffusion.image_datasets import load_prepared
 from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.pictures import load_prepared
 from guided_diffusion.records import load_state
 
 ROOT = Path(__file__).parents[1]

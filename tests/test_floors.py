@@ -3,9 +3,9 @@
 | floor | modules |
 | --- | --- |
 | 0 | config, storage, nn, gaussian_diffusion, winograd, memory, interrupts |
-| 1 | unet, respace, checkpoint, image_datasets, scheduler, dist_util |
-| 2 | repaint, denoiser, accel, progress, records, measuring, training/* |
-| 3 | inpainter, plan |
+| 1 | unet, respace, checkpoint, pictures, scheduler, dist_util |
+| 2 | repaint, denoiser, accel, progress, records, measuring, image_datasets |
+| 3 | inpainter, plan, training/* |
 | 4 | factory, runner |
 | 5 | benchmarking, scaling; the package's own front (`__init__`) |
 | 6 | the entry scripts: test.py, train.py, benchmark.py |
@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "guided_diffusion"
 FLOORS = (
     ("config", "storage", "nn", "gaussian_diffusion", "winograd", "memory", "interrupts"),
-    ("unet", "respace", "checkpoint", "image_datasets", "scheduler", "dist_util"),
-    ("repaint", "denoiser", "accel", "progress", "records", "measuring", "training.*"),
-    ("inpainter", "plan"),
+    ("unet", "respace", "checkpoint", "pictures", "scheduler", "dist_util"),
+    ("repaint", "denoiser", "accel", "progress", "records", "measuring", "image_datasets"),
+    ("inpainter", "plan", "training.*"),
     ("factory", "runner"),
     ("benchmarking", "scaling", "__init__"),
     ("test.py", "train.py", "benchmark.py"),
@@ -119,7 +119,7 @@ def test_imports_point_to_lower_floors(name):
         ("runner", "from guided_diffusion import storage, factory", ["factory"]),
         ("data/x.py", "from guided_diffusion import load_inpainter", []),
         ("training.loop", "from guided_diffusion.training.ema import EMA", []),
-        ("training.loop", "from guided_diffusion.denoiser import guided", ["denoiser"]),
+        ("training.loop", "from guided_diffusion.plan import Plan", ["plan"]),
         ("repaint", "import torch, math\nfrom guided_diffusion_2 import x", []),
     ],
 )

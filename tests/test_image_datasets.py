@@ -19,16 +19,14 @@ from guided_diffusion.config import UserError
 from guided_diffusion.image_datasets import (
     Pair,
     check_pairs,
-    encode_png,
     find_pairs,
     flip_decision,
     image_to_tensor,
     load_pair,
-    load_prepared,
     mask_to_tensor,
-    prepare,
     to_bytes,
 )
+from guided_diffusion.pictures import encode_png, load_prepared, prepare
 
 GOLDEN_RUNS = sorted((Path(__file__).parent / "golden" / "e2e").iterdir())
 

@@ -10,7 +10,8 @@ import torch
 
 from guided_diffusion.config import UserError
 from guided_diffusion.dist_util import ALONE, World
-from guided_diffusion.image_datasets import image_to_tensor, list_images, load_prepared
+from guided_diffusion.image_datasets import image_to_tensor
+from guided_diffusion.pictures import list_images, load_prepared
 from guided_diffusion.training.processes import share_of
 
 READERS = 2  # threads that read images while the network learns
