@@ -1,0 +1,116 @@
+"""Compare generated thick and thin masks with the published ones, as a Markdown table.
+
+    bash download.sh data
+    python data/compare_masks.py --published data/datasets/gt_keep_masks
+
+Needs scipy. p is that of a two-sample Kolmogorov-Smirnov test: below 0.05, the test tells the
+generated masks from the published ones.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from guided_diffusion.config import UserError  # noqa: E402  (after the path is set)
+from guided_diffusion.masks import draw_mask, mask_rng  # noqa: E402
+from guided_diffusion.pictures import list_images, read_rgb  # noqa: E402
+
+TOUCHING = np.ones((3, 3))  # pixels that touch at a corner belong together
+
+
+def kept_share(keep: np.ndarray) -> float:
+    return keep.mean()
+
+
+def hole_parts(keep: np.ndarray) -> float:
+    return _parts(~keep)
+
+
+def kept_parts(keep: np.ndarray) -> float:
+    return _parts(keep)
+
+
+def median_depth(keep: np.ndarray) -> float:
+    return np.median(_depths(keep))
+
+
+def largest_depth(keep: np.ndarray) -> float:
+    return _depths(keep).max()
+
+
+def hidden_border(keep: np.ndarray) -> float:
+    edges = (keep[0], keep[-1], keep[:, 0], keep[:, -1])
+    return 1 - np.concatenate(edges).mean()
+
+
+def _parts(inside: np.ndarray) -> int:
+    from scipy import ndimage
+
+    return ndimage.label(inside, TOUCHING)[1]
+
+
+def _depths(keep: np.ndarray) -> np.ndarray:
+    """How far each pixel of the hole is from what is kept or from the outside."""
+    from scipy import ndimage
+
+    return ndimage.distance_transform_edt(np.pad(~keep, 1))[1:-1, 1:-1][~keep]
+
+
+MEASURES: dict[str, Callable[[np.ndarray], float]] = {
+    "share that is kept": kept_share,
+    "connected parts of the hole": hole_parts,
+    "connected parts of what is kept": kept_parts,
+    "median depth in the hole, pixels": median_depth,
+    "largest depth in the hole, pixels": largest_depth,
+    "share of the border that is hidden": hidden_border,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compare generated masks with published ones.")
+    add = parser.add_argument
+    add("--published", required=True, metavar="FOLDER", help="with folders thick/ and thin/")
+    add("--number", type=int, default=1000, help="how many masks to draw of each kind (1000)")
+    add("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        print_table(arguments.published, arguments.number, arguments.seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def print_table(published: str, number: int, seed: int) -> None:
+    print("| kind | | published | generated | p |\n| --- | --- | --- | --- | --- |")
+    for kind in ("thick", "thin"):
+        paths = list_images("--published", f"{published}/{kind}")
+        theirs = [np.asarray(read_rgb(path))[..., 0] for path in paths]
+        size = theirs[0].shape[::-1]
+        ours = [draw_mask(kind, size, mask_rng(seed, index)) for index in range(number)]
+        for name, measure in MEASURES.items():
+            print(f"| {kind} | {name} | {compare(measure, theirs, ours)} |")
+
+
+def compare(
+    measure: Callable[[np.ndarray], float], theirs: list[np.ndarray], ours: list[np.ndarray]
+) -> str:
+    from scipy.stats import ks_2samp
+
+    samples = [[measure(mask == 255) for mask in masks] for masks in (theirs, ours)]
+    return " | ".join([*map(summary, samples), f"{ks_2samp(*samples).pvalue:.2f}"])
+
+
+def summary(values: list[float]) -> str:
+    quartiles = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"{np.mean(values):.3g} ({', '.join(f'{value:.3g}' for value in quartiles)})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
