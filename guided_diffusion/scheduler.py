@@ -1,20 +1,29 @@
 """The list of times that the sampler walks (RePaint, section 4.2, and its appendix).
 
-Run by path it draws the list of the paper's setting, or of a config:
+Run by path it draws the list of the paper's setting, or of a config, or of several to compare:
 
     python guided_diffusion/scheduler.py --conf_path confs/face_example.yml --out schedule.png
+    python guided_diffusion/scheduler.py --conf_path confs/demo.yml mine.yml --out compared.png
 """
 
+from __future__ import annotations
+
 import argparse
+import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 if __package__ is None or __package__ == "":  # run by path: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from guided_diffusion.config import ScheduleConfig, UserError, load_config
+from guided_diffusion.config import Config, ScheduleConfig, UserError, load_config
 
 PAPER_SCHEDULE = ScheduleConfig(t_T=250, n_sample=1, jump_length=10, jump_n_sample=10)
 
@@ -83,27 +92,45 @@ def _walk(params: ScheduleConfig) -> Iterator[int]:
     yield -1
 
 
-def draw_schedule(times: list[int], title: str, out: str) -> None:
-    """Write a plot of the times against the transitions. Raises UserError without matplotlib."""
+# ---- Drawn -----------------------------------------------------------------------------------
+
+COLOURS, STYLES = 10, ("-", "--", ":", "-.")  # C0 to C9 are ten distinct colours of matplotlib
+
+
+def schedule_figure(schedules: Mapping[str, list[int]], title: str) -> Figure:
+    """A plot of times against transitions; of several schedules, with their names in a legend.
+
+    schedules: times by name. Raises UserError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("drawing needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    several = len(schedules) > 1
+    figure = Figure(figsize=(9, 4 + 0.25 * len(schedules) * several), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(times, linewidth=0.8)
-    axes.set(title=title, xlabel="transition", ylabel="time t", xlim=(0, len(times) - 1))
+    for i, (name, times) in enumerate(schedules.items()):
+        style = STYLES[i // COLOURS % len(STYLES)]
+        axes.plot(times, linewidth=0.8, color=f"C{i % COLOURS}", linestyle=style, label=name)
+    longest = max(map(len, schedules.values()))
+    axes.set(title=title, xlabel="transition", ylabel="time t", xlim=(0, longest - 1))
     axes.margins(x=0)
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the plot to {out}: {reason}") from error
+    if several:  # below the axes, where it hides nothing
+        legend = figure.legend(loc="outside lower left")
+        for line in legend.get_lines():
+            line.set_linewidth(3)
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the schedule of times of a config.")
-    parser.add_argument("--conf_path", help="a config; without it, the paper's setting")
+    parser.add_argument(
+        "--conf_path",
+        nargs="+",
+        default=[],
+        metavar="CONF",
+        help="a config, or several to compare; without it, the paper's setting",
+    )
     parser.add_argument("--out", default="schedule.png", help="the picture (schedule.png)")
     arguments = parser.parse_args()
     try:
@@ -112,19 +139,57 @@ def main() -> None:
         sys.exit(_fail(error))
 
 
-def _draw(conf_path: str | None, out: str) -> None:
-    schedule = PAPER_SCHEDULE
-    if conf_path:
-        schedule = load_config(conf_path, require_data=False).schedule
-    if schedule is None:
-        raise UserError(f"{conf_path}: has no schedule_jump_params, so there is nothing to draw")
-    times = jump_times(schedule)
+def _draw(conf_paths: list[str], out: str) -> None:
+    schedules = schedules_of(conf_paths)
+    if len(schedules) == 1:
+        ((name, times),) = schedules.items()
+        title = f"{name}: {_costs(times)}"
+        print(_costs(times))
+    else:
+        title = "Schedules of times"
+        schedules = {f"{name}: {_costs(times)}": times for name, times in schedules.items()}
+        print(*schedules, sep="\n")
+    _save(schedule_figure(schedules, title), out)
+    print(f"written: {out}")
+
+
+def schedules_of(conf_paths: list[str]) -> dict[str, list[int]]:
+    """The times of each config, by what tells it from the others; of none, the paper's setting.
+
+    Raises UserError.
+    """
+    if not conf_paths:
+        return {"RePaint, paper setting": jump_times(PAPER_SCHEDULE)}
+    configs = {path: load_config(path, require_data=False) for path in conf_paths}
+    if len(configs) == 1:
+        return {path: _times(config) for path, config in configs.items()}
+    uses = Counter(config.name for config in configs.values())
+    return {
+        config.name if uses[config.name] == 1 else f"{config.name} ({path})": _times(config)
+        for path, config in configs.items()
+    }
+
+
+def _times(config: Config) -> list[int]:
+    """What the sampler walks."""
+    if config.schedule:
+        return jump_times(config.schedule)
+    counts = [int(count) for count in re.findall("[0-9]+", config.diffusion.timestep_respacing)]
+    return plain_times(sum(counts) or config.diffusion.diffusion_steps)
+
+
+def _costs(times: list[int]) -> str:
     evaluations = count_evaluations(times)
     ups = len(times) - 1 - evaluations
-    summary = f"{evaluations:,} evaluations, {ups:,} re-noising steps an image"
-    print(summary)
-    draw_schedule(times, f"{conf_path or 'RePaint, paper setting'}: {summary}", out)
-    print(f"written: {out}")
+    return f"{evaluations:,} evaluations, {ups:,} re-noising steps an image"
+
+
+def _save(figure: Figure, out: str) -> None:
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the plot to {out}: {reason}") from error
 
 
 def _fail(error: UserError) -> int:

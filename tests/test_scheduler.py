@@ -18,6 +18,8 @@ from guided_diffusion.scheduler import (
     count_evaluations,
     jump_times,
     plain_times,
+    schedule_figure,
+    schedules_of,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +96,14 @@ def test_n_sample_repeats_each_step_but_the_first_two(t_T, n_sample):
 # ---- The command -----------------------------------------------------------------------------
 
 
+JUMPS = "schedule_jump_params: {t_T: 20, n_sample: 1, jump_length: 5, jump_n_sample: 3}"
+
+
+def write_config(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(["model_path: none.pt", *lines]))
+    return str(path)
+
+
 def draw(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "guided_diffusion" / "scheduler.py"), *arguments],
@@ -126,9 +136,7 @@ def test_by_default_the_papers_setting_is_drawn_to_schedule_png(tmp_path):
 
 def test_a_configs_schedule_is_drawn_where_asked(tmp_path):
     pytest.importorskip("matplotlib")
-    config = tmp_path / "conf.yml"
-    jumps = "{t_T: 20, n_sample: 1, jump_length: 5, jump_n_sample: 3}"
-    config.write_text(f"model_path: none.pt\nschedule_jump_params: {jumps}\n")
+    write_config(tmp_path / "conf.yml", JUMPS)
     run = draw(tmp_path, "--conf_path", "conf.yml", "--out", "mine.png")
     assert run.returncode == 0, run.stderr
     assert "50 evaluations, 30 re-noising steps" in run.stdout  # jumps of 5 from 10, 5 and 0, twice
@@ -142,9 +150,83 @@ def test_a_missing_config_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_config_without_a_schedule_is_refused(tmp_path):
-    (tmp_path / "conf.yml").write_text("model_path: none.pt\n")
-    assert_refused(draw(tmp_path, "--conf_path", "conf.yml"), "conf.yml", "schedule_jump_params")
+@pytest.mark.parametrize(
+    ("steps", "evaluations"),
+    [
+        ("diffusion_steps: 60", 60),
+        ("timestep_respacing: '30'", 30),
+        ("timestep_respacing: ddim25", 25),
+        ("timestep_respacing: '10,15,5'", 30),
+        ("", 1000),  # the sampler's own default
+    ],
+)
+def test_a_config_without_a_schedule_is_sampled_plainly(tmp_path, steps, evaluations):
+    path = write_config(tmp_path / "conf.yml", steps)
+    assert schedules_of([path]) == {path: plain_times(evaluations)}
+
+
+def test_several_configs_are_compared_with_their_costs(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_config(tmp_path / "jumps.yml", JUMPS)
+    write_config(tmp_path / "b.yml", "timestep_respacing: '20'", "name: plain sampling")
+    run = draw(tmp_path, "--conf_path", "jumps.yml", "b.yml", "--out", "compared.png")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "jumps: 50 evaluations, 30 re-noising steps an image",
+        "plain sampling: 20 evaluations, 0 re-noising steps an image",
+        "written: compared.png",
+    ]
+    with Image.open(tmp_path / "compared.png") as picture:
+        colours = dict(map(reversed, picture.convert("RGB").getcolors(10**6)))
+    # matplotlib's first two, blue and orange
+    assert colours[(31, 119, 180)] > 50 and colours[(255, 127, 14)] > 50
+
+
+def test_configs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
+    a, b = (write_config(tmp_path / name, "name: mine", JUMPS) for name in ("a.yml", "b.yml"))
+    c = write_config(tmp_path / "c.yml", "name: yours", JUMPS)
+    assert list(schedules_of([a, b, c])) == [f"mine ({a})", f"mine ({b})", "yours"]
+
+
+def test_of_several_configs_one_that_is_wrong_is_named_and_nothing_written(tmp_path):
+    write_config(tmp_path / "good.yml", JUMPS)
+    write_config(tmp_path / "bad.yml", "timestep_respacing: '2000'")
+    run = draw(tmp_path, "--conf_path", "good.yml", "bad.yml")
+    assert_refused(run, "bad.yml", "timestep_respacing")
+    assert run.stdout == "" and not (tmp_path / "schedule.png").exists()
+
+
+@pytest.mark.parametrize("number", [2, 12, 40])
+def test_curves_differ_in_looks_and_the_legend_hides_none(number):
+    backend = pytest.importorskip("matplotlib.backends.backend_agg")
+    schedules = {
+        f"schedule {i} of {'a long name ' * 5}": plain_times(10 + i) for i in range(number)
+    }
+    figure = schedule_figure(schedules, "title")
+    backend.FigureCanvasAgg(figure).draw()
+    ((axes,), (legend,)) = figure.axes, figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(schedules)
+    for lines in (axes.lines, legend.get_lines()):
+        looks = [(line.get_color(), line.get_linestyle()) for line in lines]
+        assert len(set(looks)) == number
+    assert [line.get_color() for line in legend.get_lines()] == [
+        line.get_color() for line in axes.lines
+    ]
+    outside = legend.get_window_extent()
+    assert outside.y1 < axes.get_tightbbox().y0  # below everything of the axes
+    assert outside.x0 >= 0 and outside.y0 >= 0 and outside.x1 <= figure.bbox.x1
+    assert axes.get_window_extent().height > 200
+    assert axes.get_xlim() == (0, 10 + number - 1)
+
+
+def test_a_single_schedule_has_no_legend():
+    pytest.importorskip("matplotlib")
+    figure = schedule_figure({"mine": [2, 1, 0, -1]}, "mine: 3 evaluations")
+    (axes,) = figure.axes
+    assert figure.legends == [] and axes.get_legend() is None
+    assert axes.get_title() == "mine: 3 evaluations"
+    assert axes.lines[0].get_ydata().tolist() == [2, 1, 0, -1]
+    assert axes.get_xlim() == (0, 3)
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path):
