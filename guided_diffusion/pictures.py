@@ -142,7 +142,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, image_size: int) -> np.ndarray:
-    """An RGB picture as the square that the network sees, uint8 (image_size, image_size, 3)."""
+    """A picture as the square that the network sees: of RGB uint8 (image_size, image_size, 3)."""
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = image_size / min(image.size)
