@@ -5,13 +5,15 @@ set -u
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" || exit 1
 
 readonly NAMES=(celeba places imagenet classifier data)
+readonly LPIPS=(alexnet-owt-7be5be79.pth alex.pth vgg16-397923af.pth vgg.pth)
+readonly HEADS=richzhang/PerceptualSimilarity/master/lpips/weights/v0.1
 readonly QUOTA="Google Drive's daily quota for this file is used up"
 
 usage() {
   cat <<'TEXT'
 Usage: ./download.sh [NAME ...]
 
-Fetches the files that the configs in confs/ expect; without a NAME, all of them.
+Fetches the files that the configs in confs/ expect; without a NAME, all of them but lpips.
 
   celeba      data/pretrained/celeba256_250000.pt    2.2 GB
   places      data/pretrained/places256_300000.pt    2.2 GB
@@ -19,29 +21,34 @@ Fetches the files that the configs in confs/ expect; without a NAME, all of them
   classifier  data/pretrained/256x256_classifier.pt  0.2 GB
   data        data/datasets.zip, unpacked to data/datasets/gts and
               data/datasets/gt_keep_masks; files that exist there are kept as they are
+  lpips       data/pretrained/lpips/*.pth            0.8 GB, four files; only evaluate.py needs
+              them, to measure LPIPS
 
 Examples:
   ./download.sh celeba data                what confs/face_example.yml needs
   ./download.sh imagenet classifier data   what the confs/test_inet256_*.yml need
 
-Needs gdown (pip install gdown) for celeba, places and data, curl or wget for imagenet
-and classifier, and unzip for data. Run the same command again to resume what was
-interrupted; what is complete is not fetched again.
+Needs gdown (pip install gdown) for celeba, places and data, curl or wget for imagenet,
+classifier and lpips, unzip for data, and sha256sum or shasum for lpips. Run the same
+command again to resume what was interrupted; what is complete is not fetched again.
 
 Exit status: 0 everything asked for is there, 1 something is missing, 2 wrong usage.
 TEXT
 }
 
-# describe NAME: what is known of a file; fails for an unknown name. Sets
+# describe NAME: what is known of a file, by its name above or, of lpips, its own; fails for an
+# unknown one. Sets
 #   file                the path that it gets
 #   fetch               the function that brings it there
 #   download, url       the function that downloads it, and from where
 #   page                the link to open in a browser
 #   check               the function that tells whether it is complete
 #   min_size, max_size  of a checkpoint, in bytes
+#   sha256              its digest, or how that begins; empty if it is not known
 describe() {
   fetch=fetch_file
   check=check_checkpoint
+  sha256=
   case $1 in
     celeba)
       file=data/pretrained/celeba256_250000.pt
@@ -69,6 +76,24 @@ describe() {
       file=data/datasets.zip
       from_drive 1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv
       ;;
+    alexnet-owt-7be5be79.pth)
+      for_lpips "$1" https://download.pytorch.org/models 7be5be79
+      fp32_size 61100840
+      ;;
+    vgg16-397923af.pth)
+      for_lpips "$1" https://download.pytorch.org/models 397923af
+      fp32_size 138357544
+      ;;
+    alex.pth)
+      for_lpips "$1" "https://raw.githubusercontent.com/$HEADS" \
+        df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0
+      min_size=6009 max_size=6009
+      ;;
+    vgg.pth)
+      for_lpips "$1" "https://raw.githubusercontent.com/$HEADS" \
+        a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868
+      min_size=7289 max_size=7289
+      ;;
     *) return 1 ;;
   esac
 }
@@ -83,6 +108,16 @@ from_openai() {
   download=over_http
   url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/$1"
   page=$url
+}
+
+# for_lpips NAME FOLDER SHA256: PyTorch puts the first 8 digits of the digest into the name.
+for_lpips() {
+  fetch=fetch_and_digest
+  file=data/pretrained/lpips/$1
+  download=over_http
+  url=$2/$1
+  page=$url
+  sha256=$3
 }
 
 # fp32_size N: the file's size is not published, but it holds N weights of 4 bytes, and their
@@ -129,6 +164,23 @@ check_checkpoint() {
     504b | 8002) ;;
     *)
       problem="right size, but not a PyTorch file: it starts with the bytes $first_bytes"
+      return 1
+      ;;
+  esac
+  [ -z "$sha256" ] || check_digest "$1"
+}
+
+check_digest() {
+  local digest
+  if have sha256sum; then
+    digest=$(sha256sum "$1")
+  else
+    digest=$(shasum -a 256 "$1") # macOS has this one
+  fi
+  case $digest in
+    "$sha256"*) ;;
+    *)
+      problem="right size, but other content: its SHA-256 is ${digest%% *}, expected $sha256"
       return 1
       ;;
   esac
@@ -231,6 +283,14 @@ broke_off() {
   return 1
 }
 
+fetch_and_digest() {
+  if ! have sha256sum && ! have shasum; then
+    problem="neither sha256sum nor shasum is installed: sudo apt install coreutils"
+    return 1
+  fi
+  fetch_file
+}
+
 fetch_and_unpack() {
   have unzip || { problem="unzip is not installed: sudo apt install unzip"; return 1; }
   fetch_file && unpack
@@ -293,9 +353,18 @@ for name in "$@"; do
     exit
     ;;
   esac
-  describe "$name" && continue
-  printf 'download.sh: unknown name "%s"; accepted: %s\n' "$name" "${NAMES[*]}" >&2
+  [ "$name" = lpips ] || describe "$name" && continue
+  printf 'download.sh: unknown name "%s"; accepted: %s lpips\n' "$name" "${NAMES[*]}" >&2
   exit 2
+done
+
+wanted=()
+for name in "$@"; do
+  if [ "$name" = lpips ]; then
+    wanted+=("${LPIPS[@]}")
+  else
+    wanted+=("$name")
+  fi
 done
 
 log=$(mktemp) || exit 1
@@ -305,7 +374,7 @@ say "Note: the weights and the pictures have licences of their own, see README.m
 
 summary=
 missing=
-for name in "$@"; do
+for name in "${wanted[@]}"; do
   obtain "$name"
 done
 say "

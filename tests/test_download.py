@@ -4,6 +4,7 @@ The script runs in a folder of its own, on a PATH that holds only the tools that
 it; large files are sparse, so they cost nothing.
 """
 
+import hashlib
 import http.server
 import os
 import re
@@ -58,6 +59,13 @@ DRIVE_IDS = {
     "data": "1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv",
 }
 BLOB_STORE = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"
+# Name, size and SHA-256 (of two only the first digits are known) of what LPIPS needs.
+LPIPS = {
+    "alexnet-owt-7be5be79.pth": (61_100_840 * 4 + 8_000, "7be5be79"),
+    "alex.pth": (6009, "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"),
+    "vgg16-397923af.pth": (138_357_544 * 4 + 4_000, "397923af"),
+    "vgg.pth": (7289, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+}
 QUOTA_PAGE = "<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
 FACE = b"a picture of a face"
 MASK = b"a mask"
@@ -280,6 +288,102 @@ def indented(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
+# --- lpips: four files, whose digests are known ---
+
+
+def fake_lpips(checkout: Checkout, damaged: str = "", digester: str = "sha256sum") -> None:
+    """A downloader that brings all four, and a digester that finds one of them damaged."""
+    sizes = {name: size for name, (size, _) in LPIPS.items()}
+    checkout.fake("curl", f"write({sizes}[os.path.basename(out)[:-len('.part')]], b'\\x80\\x02')")
+    digests = {name: digest.ljust(64, "0") for name, (_, digest) in LPIPS.items()}
+    if damaged:
+        digests[damaged] = "0" * 64
+    text = (
+        f"#!{sys.executable}\nimport os, sys\n"
+        "assert 'sha256sum' in sys.argv[0] or sys.argv[1:3] == ['-a', '256']\n"
+        "name = os.path.basename(sys.argv[-1]).removesuffix('.part')\n"
+        f"print({digests}[name], '', sys.argv[-1])\n"
+    )
+    checkout.command(digester, text)
+
+
+def lpips_files(checkout: Checkout) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in (checkout.pretrained / "lpips").iterdir()}
+
+
+@pytest.mark.parametrize("digester", ["sha256sum", "shasum"])
+def test_lpips_is_four_files_from_two_places(checkout, digester):
+    fake_lpips(checkout, digester=digester)
+    result = checkout.run("lpips")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert lpips_files(checkout) == {name: size for name, (size, _) in LPIPS.items()}
+    urls = [re.search(r"https://\S+", call)[0] for call in checkout.calls()]
+    heads = (
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1"
+    )
+    assert urls == [
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        f"{heads}/alex.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        f"{heads}/vgg.pth",
+    ]
+    again = checkout.run("lpips")
+    assert again.stdout.count("already complete, skipped") == 4
+    assert len(checkout.calls()) == 4
+
+
+@pytest.mark.parametrize("name", LPIPS)
+def test_lpips_of_other_content_is_refused_and_the_rest_is_kept(checkout, name):
+    fake_lpips(checkout, damaged=name)
+    result = checkout.run("lpips")
+    assert result.returncode == 1
+    assert f"its SHA-256 is {'0' * 64}, expected {LPIPS[name][1]};" in result.stdout
+    assert f"  MISSING  data/pretrained/lpips/{name}\n" in result.stdout
+    assert set(lpips_files(checkout)) == LPIPS.keys() - {name}
+
+
+def test_lpips_of_another_size_is_refused(checkout):
+    fake_lpips(checkout)
+    checkout.fake("curl", "write(6010)")
+    result = checkout.run("lpips")
+    assert result.returncode == 1
+    assert lpips_files(checkout) == {}
+    for least in ("244403360 to 245451936", "6009", "553430176 to 554478752", "7289"):
+        assert f"wrong size: 6010 bytes, expected {least};" in result.stdout
+
+
+def test_lpips_needs_something_to_check_digests_with(checkout):
+    checkout.fake("curl", "write(6009)")
+    result = checkout.run("lpips")
+    assert result.returncode == 1
+    assert result.stdout.count("neither sha256sum nor shasum is installed") == 8
+    assert checkout.calls() == []
+
+
+def test_the_real_digester_is_understood(checkout):
+    """A file of the right size that is not the published one."""
+    real = shutil.which("sha256sum") or shutil.which("shasum")
+    (checkout.bin / Path(real).name).symlink_to(real)
+    checkout.fake("curl", "write(6009)")
+    result = checkout.run("alex.pth")
+    digest = hashlib.sha256(b"PK" + bytes(6007)).hexdigest()
+    assert f"its SHA-256 is {digest}, expected {LPIPS['alex.pth'][1]};" in result.stdout
+
+
+def test_the_published_heads_pass(checkout):
+    """The file as torchmetrics has it."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    real = shutil.which("sha256sum") or shutil.which("shasum")
+    (checkout.bin / Path(real).name).symlink_to(real)
+    package = Path(torchmetrics.__file__).parent
+    (checkout.pretrained / "lpips").mkdir()
+    for name in ("alex.pth", "vgg.pth"):
+        shutil.copy(package / "functional/image/lpips_models" / name, checkout.pretrained / "lpips")
+    result = checkout.run("alex.pth", "vgg.pth")
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("already complete, skipped") == 2
+
+
 # --- resuming ---
 
 
@@ -488,9 +592,8 @@ def test_unknown_name_stops_before_any_download(checkout, name):
     checkout.fake("curl", "write(1)")
     result = checkout.run("classifier", name)
     assert result.returncode == 2
-    assert result.stderr == (
-        f'download.sh: unknown name "{name}"; accepted: celeba places imagenet classifier data\n'
-    )
+    accepted = "celeba places imagenet classifier data lpips"
+    assert result.stderr == f'download.sh: unknown name "{name}"; accepted: {accepted}\n'
     assert checkout.calls() == []
 
 
@@ -498,7 +601,7 @@ def test_help_names_every_target_and_downloads_nothing(checkout):
     checkout.fake("curl", "write(1)")
     result = checkout.run("classifier", "--help")
     assert result.returncode == 0
-    assert all(re.search(rf"^  {name} ", result.stdout, re.M) for name in [*NAMES, "data"])
+    assert all(re.search(rf"^  {name} ", result.stdout, re.M) for name in [*NAMES, "data", "lpips"])
     assert checkout.calls() == []
 
 
