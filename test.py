@@ -25,7 +25,7 @@ def main() -> int:
         world = read_world()
         warnings.showwarning = lambda text, *_: world.say(f"warning: {text}", sys.stderr)
         config = load_config(arguments.conf_path, arguments.set)
-        run(config, world, arguments.overwrite and not restarted(), arguments.dry_run)
+        run(config, world, arguments)
     except UserError as error:
         world.say(f"error: {error}", sys.stderr)
         return 2
@@ -46,27 +46,30 @@ def parse_arguments() -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     add("--overwrite", action="store_true", help="make all results again, the finished ones too")
     add("--dry-run", action="store_true", help="check everything and print the plan, no more")
+    add("--preview", metavar="OUT.png", help="draw the inputs, as the network will see them")
     return parser.parse_args()
 
 
-def run(config: Config, world: World, overwrite: bool, dry_run: bool) -> None:
+def run(config: Config, world: World, arguments: argparse.Namespace) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
-    from guided_diffusion import factory, runner
+    from guided_diffusion import factory, preview, runner
     from guided_diffusion.plan import Identity, make_plan, share_plan
     from guided_diffusion.records import Records
 
+    if arguments.preview:
+        return world.say(preview.write_preview(config, arguments.preview))
+    overwrite = arguments.overwrite and not restarted()
     device = factory.pick_device(config.device, world)
     speed = factory.choose_speed(config, device)
     team = join(world)
     times = team.share("times", partial(factory.build_times, config))
     identity = Identity(config, device, speed)
     records = Records(config.dataset.inpainted_dir, world.rank)
-    if dry_run:
+    if arguments.dry_run:
         plan = make_plan(config, times, identity, records, overwrite=overwrite, dry_run=True)
         factory.check_checkpoints(config)
         in_order = "everything is in order; nothing was sampled or written (--dry-run)"
-        world.say(f"{plan.describe(device, speed)}\n{in_order}")
-        return
+        return world.say(f"{plan.describe(device, speed)}\n{in_order}")
     plan = share_plan(team, config, times, identity, records, overwrite)
     load_inpainter = partial(factory.build_inpainter, times=times, device=device, speed=speed)
     runner.run(plan, load_inpainter, identity, records, team)

@@ -119,6 +119,8 @@ class DatasetConfig:
     name: str  # what stands for the `*` in the file
     gt_path: FilePath  # folder of images, or one image
     mask_path: FilePath  # folder of masks, or one mask for all images
+    mask_convention: Literal["keep", "fill"] = "keep"  # what white (255) in a mask means
+    fit: Literal["crop", "region"] = "crop"  # the centre square, or all holes of a whole photo
     batch_size: BatchSize = 1  # auto: as many as fit in the GPU's memory
     offset: CountOrZero = 0  # drop the first pairs
     max_len: Count | None = None  # keep at most so many pairs
@@ -163,6 +165,7 @@ class Config:
     paste_known: Flag = False  # write the known pixels exactly
     samples_per_image: Samples = 1  # if several: x_0.png, x_1.png, ...
     checkpoint_every: NotNegative = 300  # seconds after which a picture's state is saved
+    log_every: CountOrZero = 0  # transitions after which the process is shown; 0 = never
     dataset: DatasetConfig | None
 
 
@@ -747,6 +750,8 @@ def _dataset_problems(values: Mapping[str, Any], image_size: int) -> _Problems:
         yield "data.eval.*.mask_path", "masks in a folder of their own, apart from gt_path"
     if values.get("data.eval.*.batch_size") == "auto" and values.get("data.eval.*.drop_last"):
         yield "data.eval.*.drop_last", "false with batch_size auto, or a number as batch_size"
+    if values.get("data.eval.*.fit") == "region" and values.get("data.eval.*.random_flip"):
+        yield "data.eval.*.random_flip", "false with fit: region, which gives whole photos back"
     outputs = [key for key in values if ".paths." in key]
     yield from _folder_problems(values, outputs, ["data.eval.*.gt_path", "data.eval.*.mask_path"])
 

@@ -1,4 +1,4 @@
-"""Images and masks: paired, checked, as tensors, and back to bytes.
+"""Images and masks: paired, as tensors, and back to bytes.
 
 An image's tensor is in [-1, 1], a keep mask's in [0, 1] (1 = keep, 0 = fill in); both have three
 channels. "Prepared" means uint8 RGB, (S, S, 3), S = image_size.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -17,10 +17,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from guided_diffusion import storage
 from guided_diffusion.config import UserError
-from guided_diffusion.pictures import list_images, load_prepared, read_rgb, resize_and_crop
+from guided_diffusion.pictures import list_images, read_rgb
 
 READERS = 4  # threads
 
@@ -35,15 +36,6 @@ class Pair:
     image_path: str
     mask_path: str
     name: str  # of the results, relative to each output folder, with "/": "sub/x.png"
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """A pair as the sampler takes it."""
-
-    image: torch.Tensor  # (3, S, S) float32 in [-1, 1]
-    keep_mask: torch.Tensor  # (3, S, S) float32 in [0, 1]; 1 = keep, 0 = fill in
-    image_bytes: np.ndarray  # (S, S, 3) uint8: what `image` was made of
 
 
 # ---- Which image goes with which mask ----
@@ -124,6 +116,12 @@ def for_each(paths: Iterable[str], function: Callable[[str], T]) -> dict[str, T]
 # ---- From a file to a tensor ----
 
 
+def read_mask(path: str, convention: str = "keep") -> Image.Image:
+    """A mask in RGB, white = keep whatever its convention ("keep" or "fill"). Raises UserError."""
+    mask = read_rgb(path)
+    return ImageOps.invert(mask) if convention == "fill" else mask
+
+
 def image_to_tensor(prepared: np.ndarray) -> torch.Tensor:
     """uint8 (S, S, 3) -> float32 (3, S, S) in [-1, 1]."""
     return _channels_first(prepared.astype(np.float32) / 127.5 - 1)
@@ -132,15 +130,6 @@ def image_to_tensor(prepared: np.ndarray) -> torch.Tensor:
 def mask_to_tensor(prepared: np.ndarray) -> torch.Tensor:
     """uint8 (S, S, 3) -> float32 (3, S, S) in [0, 1], not thresholded."""
     return _channels_first(prepared.astype(np.float32) / 255)
-
-
-def load_pair(pair: Pair, image_size: int, flip: bool = False) -> Example:
-    """Read a pair, mirrored left to right if `flip`. Raises UserError that names a bad file."""
-    image = load_prepared(pair.image_path, image_size)
-    mask = load_prepared(pair.mask_path, image_size)
-    if flip:
-        image, mask = np.fliplr(image), np.fliplr(mask)
-    return Example(image_to_tensor(image), mask_to_tensor(mask), np.ascontiguousarray(image))
 
 
 def flip_decision(seed: int, index: int) -> bool:
@@ -175,95 +164,3 @@ def paste_known(results: np.ndarray, originals: np.ndarray, keep_masks: torch.Te
     """
     keep = keep_masks.cpu().permute(0, 2, 3, 1).numpy() == 1
     return np.where(keep, originals, results)
-
-
-# ---- Checks before hours of sampling ----
-
-
-@dataclass(frozen=True)
-class _Finding:
-    size: tuple[int, int]  # width, height before resizing
-    kind: str  # what the picture would be as a mask: "binary" or a key of _MASK_WARNINGS
-
-
-_MASK_WARNINGS = {
-    "fractional": (
-        "have values between 0 (fill in) and 255 (keep) at {S}x{S}, which are used as they are; no "
-        "harm along edges; to avoid it, save images and masks at {S}x{S}, masks black and white"
-    ),
-    "dim": (
-        "are nowhere brighter than half of 255, so that nothing is kept as it is; if 1 means keep "
-        "in your masks, multiply them by 255"
-    ),
-    "white": "keep everything (white all over): nothing is filled in",
-    "black": "keep nothing (black all over): the whole picture is filled in",
-}
-
-
-def check_pairs(pairs: Sequence[Pair], image_size: int) -> None:
-    """Read and prepare every image and mask once.
-
-    Warns, one line a kind, of masks with grey values, of masks that are dim all over, that keep
-    everything or nothing, and of masks that are not as large as their image. Raises UserError that
-    names the first file that cannot be read.
-    """
-    findings = _inspect_all(pairs, image_size)
-    messages = _mask_warnings(pairs, findings, image_size) + _size_warnings(pairs, findings)
-    for message in messages:
-        warnings.warn(message, UserWarning, stacklevel=2)
-
-
-def _inspect_all(pairs: Sequence[Pair], image_size: int) -> dict[str, _Finding]:
-    paths = [path for pair in pairs for path in (pair.image_path, pair.mask_path)]
-    findings = for_each(paths, lambda path: _inspect(path, image_size))
-    errors = [finding for finding in findings.values() if isinstance(finding, UserError)]
-    if errors:
-        others = f" ({len(errors) - 1} more cannot be read either)" if errors[1:] else ""
-        raise UserError(f"{errors[0]}{others}")
-    return findings
-
-
-def _inspect(path: str, image_size: int) -> _Finding | UserError:
-    try:
-        image = read_rgb(path)
-    except UserError as error:
-        return error
-    return _Finding(image.size, _kind(resize_and_crop(image, image_size)))
-
-
-def _kind(prepared: np.ndarray) -> str:
-    if 0 < prepared.max() < 128:
-        return "dim"
-    if ((prepared > 0) & (prepared < 255)).any():
-        return "fractional"
-    if prepared.min() == prepared.max():
-        return "white" if prepared.max() else "black"
-    return "binary"
-
-
-def _mask_warnings(
-    pairs: Sequence[Pair], findings: dict[str, _Finding], image_size: int
-) -> list[str]:
-    masks = dict.fromkeys(pair.mask_path for pair in pairs)
-    messages = []
-    for kind, text in _MASK_WARNINGS.items():
-        found = [mask for mask in masks if findings[mask].kind == kind]
-        if found:
-            count = f"{len(found)} of {len(masks)} masks, first {found[0]},"
-            messages.append(f"{count} {text.format(S=image_size)}")
-    return messages
-
-
-def _size_warnings(pairs: Sequence[Pair], findings: dict[str, _Finding]) -> list[str]:
-    def size(path: str) -> str:
-        return "{}x{}".format(*findings[path].size)
-
-    unequal = [pair for pair in pairs if size(pair.image_path) != size(pair.mask_path)]
-    if not unequal:
-        return []
-    image, mask = unequal[0].image_path, unequal[0].mask_path
-    return [
-        f"{len(unequal)} of {len(pairs)} images differ in size from their mask, first "
-        f"{image} ({size(image)}) and {mask} ({size(mask)}): each is resized and its centre "
-        "cropped separately; check that they still fit together"
-    ]

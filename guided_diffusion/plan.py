@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from threading import Thread
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from guided_diffusion import storage
@@ -20,7 +21,8 @@ from guided_diffusion.accel import Speed
 from guided_diffusion.checkpoint import fingerprint
 from guided_diffusion.config import Config, DatasetConfig, UserError, to_yaml_dict
 from guided_diffusion.dist_util import Team
-from guided_diffusion.image_datasets import Pair, check_pairs, find_pairs, flip_decision, for_each
+from guided_diffusion.image_datasets import Pair, find_pairs, flip_decision, for_each
+from guided_diffusion.input_checks import check_pairs
 from guided_diffusion.records import History, Origin, Records, Settings, beside, digest_of
 from guided_diffusion.scheduler import count_evaluations
 
@@ -38,6 +40,14 @@ class Task:
     name: str  # of the result, relative to its folder
     origin: Origin
     is_first_sample: bool  # of its image
+    inputs: int = 1  # of the network: with fit: region, one a region
+
+    @property
+    def log_names(self) -> list[str]:
+        """Under which the process of each input is shown."""
+        if self.inputs < 2:
+            return [self.name]
+        return [region_name(self.name, k) for k in range(self.inputs)]
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Plan:
 
     config: Config  # with the seed that will be used
     tasks: list[Task]  # in the order of work
-    evaluations: int  # of the network, per picture
+    evaluations: int  # of the network, per input
     batch_size: int | Literal["auto"]  # to begin with; auto: still to be measured
     run: int  # a number that no earlier run of this folder has
     done: frozenset[str]  # names of results that are there already
@@ -63,8 +73,8 @@ class Plan:
 
     @property
     def total_evaluations(self) -> int:
-        """One for each picture of a batch."""
-        return len(self.tasks) * self.evaluations
+        """One for each input of the network; with fit: region, of what is still to be done."""
+        return sum(task.inputs for task in self.tasks) * self.evaluations
 
     @cached_property
     def batches(self) -> list[list[Task]]:
@@ -83,9 +93,22 @@ class Plan:
 
     @property
     def record_path(self) -> str:
-        """Where run.json goes: beside the folder of the results."""
+        """Where run.json goes."""
+        return self._beside_results("run.json")
+
+    @property
+    def report_path(self) -> str:
+        """Where the report goes."""
+        return self._beside_results("report.html")
+
+    @property
+    def process_dir(self) -> str:
+        """Where pictures of the process go."""
+        return self._beside_results("process")
+
+    def _beside_results(self, name: str) -> str:
         log_dir = os.path.dirname(self.dataset.inpainted_dir.rstrip("/"))
-        return f"{log_dir}/run.json" if log_dir else "run.json"
+        return f"{log_dir}/{name}" if log_dir else name
 
     @property
     def old_dir(self) -> str:
@@ -102,18 +125,26 @@ class Plan:
             f"masks from {d.mask_path}{each}, "
             f"batch size {self.batch_size}{' (auto)' * measured}",
             f"{counted(self.evaluations, 'network evaluation')} per "
-            f"{'sample' if each else 'image'}, {self.total_evaluations:,} in all",
+            f"{self.input_noun}, {self.total_evaluations:,} in all",
             f"seed {seed} (to repeat this run: --set seed={seed})",
             f"device {device}, {speed.describe()}",
             *self._earlier_results(),
         ]
         return "\n".join(lines)
 
+    @property
+    def input_noun(self) -> str:
+        """What one run of the sampler is for."""
+        if self.dataset.fit == "region":
+            return "region"
+        return "sample" if self.config.samples_per_image > 1 else "image"
+
     def describe_results(self) -> str:
         """Where everything is."""
         unchanged = "all were finished before (--overwrite makes them again); "
         return unchanged * self.is_done(self.tasks) + (
-            f"results: {self.dataset.inpainted_dir} (settings and times: {self.record_path})"
+            f"results: {self.dataset.inpainted_dir} (settings and times: {self.record_path})\n"
+            f"to look at: {self.report_path}"
         )
 
     def _earlier_results(self) -> Iterator[str]:
@@ -132,6 +163,18 @@ class Plan:
             )
 
 
+def region_name(name: str, k: int) -> str:
+    """Of the k-th region of a picture: "x_region1.png"."""
+    return f"{name.removesuffix('.png')}_region{k + 1}.png"
+
+
+def stream_of_view(stream: int, k: int) -> int:
+    """The seed for the k-th view of a picture; that of the first is the picture's own."""
+    if k == 0:
+        return stream
+    return int(np.random.SeedSequence((stream, k)).generate_state(1, np.uint64)[0]) >> 2
+
+
 def counted(number: int, noun: str) -> str:
     """ "1 image", "2 images"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
@@ -142,8 +185,9 @@ def counted(number: int, noun: str) -> str:
 # Keys that change no pixel, or that count in other ways: in origins, or as the speed they come to.
 _NO_SETTINGS = (
     *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),
-    *("device", "fast", "precision", "compile", "cuda_graph", "use_fp16"),
+    *("device", "fast", "precision", "compile", "cuda_graph", "use_fp16", "log_every"),
 )
+_DATASET_SETTINGS = ("fit", "mask_convention")  # those of `data` that change pixels
 
 
 class Identity:
@@ -178,6 +222,8 @@ class Identity:
         """
         tree = to_yaml_dict(self.config, defaults=False)
         settings = dict(_flat({k: v for k, v in tree.items() if k not in _NO_SETTINGS}))
+        dataset = {key: getattr(self.config.dataset, key) for key in _DATASET_SETTINGS}
+        settings |= {k: v for k, v in dataset.items() if v != getattr(DatasetConfig, k)}
         digests = {key: checkpoint["sha256"] for key, checkpoint in self.checkpoints.items()}
         return {
             **settings,
@@ -262,8 +308,19 @@ def make_plan(
         done=done,
         redo=redo,
     )
-    check_pairs([task.pair for task in tasks if task.name not in done], config.network.image_size)
-    return plan
+    return _checked(plan)
+
+
+def _checked(plan: Plan) -> Plan:
+    """The plan, with the inputs of the network counted. Raises UserError for what is to be done."""
+    size = 1 if plan.batch_size == "auto" else plan.batch_size
+    begun = [task for batch in replace(plan, batch_size=size).batches for task in batch]
+    pairs = [task.pair for task in begun]
+    counts = check_pairs(pairs, plan.dataset, plan.config.network.image_size)
+    inputs = {task.name: count for task, count in zip(begun, counts, strict=True)}
+    finished = 0 if plan.dataset.fit == "region" else 1  # what they took is not known any more
+    tasks = [replace(task, inputs=inputs.get(task.name, finished)) for task in plan.tasks]
+    return replace(plan, tasks=tasks)
 
 
 def _seed(config: Config, history: History, overwrite: bool) -> int:

@@ -19,16 +19,17 @@ class ProgressReport:
     timed = 4  # calls that the estimate is made from
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
-    def __init__(self, images: int, evaluations: int, show_bar: bool, team: Team):
-        """evaluations: for each image."""
+    def __init__(self, images: int, total: int, show_bar: bool, team: Team):
+        """total: evaluations of the network for all images."""
         self.images = images
-        self.total = images * evaluations
+        self.total = total
         self.show_bar = show_bar and team.is_first
         self.team = team
         self.tally = team.tally("evaluations")
         self.done = 0  # by all processes
         self.own = 0  # by this one
-        self.batch_size = self.batch_calls = 0  # a call is one evaluation of the whole batch
+        self.batch_done = 0  # of this one's batch
+        self.inputs = self.input_calls = 0  # a call is one evaluation of so many inputs
         self.calls = 0  # since the clock was started
         self.timed_from = (0.0, 0)  # (seconds, own evaluations done)
 
@@ -45,28 +46,33 @@ class ProgressReport:
         self.bar.close()
 
     def start_batch(self, images_before: int, batch_size: int) -> None:
-        self.batch_size, self.batch_calls = batch_size, 0
+        self.batch_done = 0
+        self.start_inputs(batch_size)
         first, last = images_before + 1, images_before + batch_size
         images = f"{first}" if first == last else f"{first}-{last}"
         self.bar.set_description(f"image {images} of {self.images}")
 
+    def start_inputs(self, inputs: int) -> None:
+        """From here, calls are of so many inputs: the batch's images, or one region of each."""
+        self.inputs, self.input_calls = inputs, 0
+
     def skip(self, calls: int) -> None:
-        """Count calls of this batch that an earlier run has done."""
-        self.batch_calls += calls
-        self._count(calls)
+        """Count calls for these inputs that an earlier run has done."""
+        self.input_calls += calls
+        self._count(calls * self.inputs)
 
     def take_back_batch(self, why: str) -> None:
         """Warn, count the batch as not begun, and estimate anew what others will take."""
         with tqdm.external_write_mode():
             warnings.warn(why, UserWarning, stacklevel=2)
-        self._count(-self.batch_calls)
-        self.batch_calls = self.calls = 0
+        self._count(-self.batch_done)
+        self.calls = 0
 
     def evaluation_done(self, pred_x0: torch.Tensor) -> None:
-        """pred_x0: the result of this evaluation of the batch."""
-        self.batch_calls += 1
-        self.own += self.batch_size
-        self._count(1)
+        """pred_x0: the result of this evaluation of the inputs."""
+        self.input_calls += 1
+        self.own += self.inputs
+        self._count(self.inputs)
         self.calls += 1
         if self.calls == self.warm_up:
             self.timed_from = (_now(pred_x0), self.own)
@@ -77,8 +83,9 @@ class ProgressReport:
         """Let other processes know what this one has done, and show what they have."""
         self._show(self.tally.tell())
 
-    def _count(self, calls: int) -> None:
-        self._show(self.tally.add(calls * self.batch_size))
+    def _count(self, evaluations: int) -> None:
+        self.batch_done += evaluations
+        self._show(self.tally.add(evaluations))
 
     def _show(self, done: int) -> None:
         self.bar.update(done - self.done)

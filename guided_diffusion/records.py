@@ -15,7 +15,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
@@ -179,9 +179,12 @@ class Records:
     def _append(self, *lines: dict[str, Any]) -> None:
         storage.append_line(self.path, "\n".join(map(json.dumps, lines)))
 
-    def state_path(self, digest: str, origins: Sequence[Origin]) -> str:
-        """Where the sampler's state for a batch goes; the name says all that it follows from."""
-        key = digest_of([STATES, digest, [asdict(origin) for origin in origins]])
+    def state_path(self, digest: str, origins: Sequence[Origin], *part: int | str) -> str:
+        """Where the sampler's state for a batch goes; the name says all that it follows from.
+
+        part: of the batch, where it is sampled in several.
+        """
+        key = digest_of([STATES, digest, [asdict(origin) for origin in origins], *part])
         return f"{self.folder}/unfinished/{key}.state"
 
     def forget_states(self) -> None:
@@ -244,3 +247,15 @@ def digest_of(content: Any) -> str:
     """A short name for what JSON can hold; what is equal has the same."""
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Errors as UserError, for the disk may be full by now, or a folder be in the way."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; what was written before is "
+            "complete, and the same command goes on from there"
+        ) from error

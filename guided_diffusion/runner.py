@@ -1,36 +1,26 @@
-"""One run: the batches, the files. Knows an inpainter, not how it is made."""
+"""One run, from the plan to the report. Knows an inpainter, not how it is made."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import platform
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 
 from guided_diffusion import memory, storage
-from guided_diffusion.accel import DTYPES, Speed, offered_precisions
-from guided_diffusion.config import Config, DatasetConfig, UserError, to_yaml_dict
+from guided_diffusion.accel import Speed
+from guided_diffusion.animation import ProcessLog
+from guided_diffusion.config import Config, UserError, to_yaml_dict
 from guided_diffusion.denoiser import NonFiniteError
 from guided_diffusion.dist_util import Team
-from guided_diffusion.image_datasets import (
-    Example,
-    load_pair,
-    paste_known,
-    to_bytes,
-)
 from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.interrupts import Interrupted, StopSignals
-from guided_diffusion.pictures import encode_png
 from guided_diffusion.plan import (
     Identity,
     Plan,
@@ -38,14 +28,12 @@ from guided_diffusion.plan import (
     companion_folders,
     counted,
     existing,
-    input_digest,
+    region_name,
 )
 from guided_diffusion.progress import ProgressReport
-from guided_diffusion.records import Records, Result, load_state, save_state
-from guided_diffusion.repaint import Evaluation, SamplerState
-
-POLLING = 0.5  # seconds between two looks at what other processes do
-STALLED = 30 * 60  # seconds without an evaluation, after which another process counts as lost
+from guided_diffusion.records import Records, writing
+from guided_diffusion.report import Row, write_report
+from guided_diffusion.worker import Worker, load, write, write_companions
 
 
 def run(
@@ -91,10 +79,12 @@ def _prepare(
             "again to go on from there"
         )
     plan = replace(plan, batch_size=_batch_size(plan, inpainter), digest=identity.digest)
-    with _writing(records.path):
+    with writing(records.path):
         records.begin(plan.run, plan.config.seed, identity.settings)
         records.set_aside(plan.run, plan.redo)
     _set_aside(plan)
+    with writing(plan.report_path):
+        storage.remove(plan.report_path)  # until it can show all
     _write_run_json(plan, identity)
     return {"batch_size": plan.batch_size, "digest": plan.digest}
 
@@ -119,10 +109,12 @@ def _set_aside(plan: Plan) -> None:
     for task in plan.tasks:
         if task.name in plan.redo:
             old = f"{plan.old_dir}/{task.name}"
-            with _writing(old):
+            with writing(old):
                 storage.move(f"{plan.dataset.inpainted_dir}/{task.name}", old)
                 for folder in companion_folders(plan.dataset):
                     storage.remove(f"{folder}/{task.pair.name}")
+                for name in task.log_names:
+                    _process_log(plan).begin(name)
 
 
 # ---- The batches ------------------------------------------------------------------------------
@@ -136,11 +128,22 @@ def _do_batches(
     On rank 0 it returns when all processes are done.
     """
     images, show_bar = sum(map(len, plan.batches)), plan.config.show_progress
+    inputs = sum(task.inputs for batch in plan.batches for task in batch)
     with (
-        ProgressReport(images, plan.evaluations, show_bar, team) as report,
+        ProgressReport(images, inputs * plan.evaluations, show_bar, team) as report,
         StopSignals(team.world.label) as stop,
     ):
-        worker = _Worker(plan, inpainter, speed, records, team, report, stop, plan.batch_size)
+        worker = Worker(
+            plan=plan,
+            inpainter=inpainter,
+            speed=speed,
+            records=records,
+            team=team,
+            report=report,
+            stop=stop,
+            log=_process_log(plan, inpainter) if plan.config.log_every else None,
+            most=plan.batch_size,
+        )
         try:
             worker.work()
         except Interrupted:  # torchrun interrupts all, and each has a state to save
@@ -151,191 +154,12 @@ def _do_batches(
     return worker.most
 
 
-@dataclass
-class _Worker:
-    """One process at work."""
-
-    plan: Plan
-    inpainter: Inpainter
-    speed: Speed
-    records: Records
-    team: Team
-    report: ProgressReport
-    stop: StopSignals
-    most: int  # images at a time that memory suffices for, as far as is known
-
-    def work(self) -> None:
-        batches = self.plan.batches
-        before = [0, *accumulate(map(len, batches))]
-        # Handed out one by one, so that nobody waits for a slow process.
-        while (number := self.team.add("batches begun", 1) - 1) < len(batches):
-            self._do(batches[number], before[number])
-            self.report.tell()
-            self.team.add("batches done", 1)
-        if self.team.is_first:
-            self._await_others()
-
-    def _do(self, tasks: Sequence[Task], before: int) -> None:
-        done = 0
-        while done < len(tasks):
-            part = tasks[done : done + self.most]
-            self.stop.check()
-            self.report.start_batch(before + done, len(part))
-            if self.plan.is_done(part):  # of a batch that was halved before
-                self.report.skip(self.plan.evaluations)
-            elif not self._finish(part):
-                memory.release()
-                self.most = _halved(len(part), self.inpainter.diffusion.device, self.speed)
-                self.report.take_back_batch(
-                    f"not enough memory for {len(part)} images at a time; going on with {self.most}"
-                )
-                continue
-            done += len(part)
-
-    def _finish(self, part: Sequence[Task]) -> bool:
-        """Inpaint a batch and write its results; False if memory does not suffice for it."""
-        started = time.monotonic()
-        examples = [_load(task, self.inpainter.image_size) for task in part]
-        state_path = self.records.state_path(self.plan.digest, [task.origin for task in part])
-        try:
-            results = self._inpaint(part, examples, state_path)
-        except torch.cuda.OutOfMemoryError:
-            return False  # and nothing refers any more to what the attempt has made
-        except NonFiniteError as error:
-            raise UserError(self._non_finite(part, error)) from error
-        seconds = round((time.monotonic() - started) / len(part), 3)
-        for task, example, result in zip(part, examples, results, strict=True):
-            if task.name not in self.plan.done:
-                self._write(task, example, result, seconds)
-        with _writing(state_path):
-            storage.remove(state_path)
-        return True
-
-    def _inpaint(
-        self, part: Sequence[Task], examples: Sequence[Example], state_path: str
-    ) -> np.ndarray:
-        """The results of a batch, uint8 (B, S, S, 3)."""
-        gt = torch.stack([example.image for example in examples])
-        keep_mask = torch.stack([example.keep_mask for example in examples])
-        seeds = [task.origin.stream for task in part]
-        start = _earlier_state(state_path)
-        if start is not None:
-            self.report.skip(self.inpainter.evaluations_before(start))
-        x = self.inpainter.sample(
-            gt, keep_mask, seeds, start=start, after_evaluation=self._checkpoints(state_path)
-        )
-        if not self.inpainter.paste_known:
-            return to_bytes(x)
-        originals = np.stack([example.image_bytes for example in examples])
-        return paste_known(to_bytes(x), originals, keep_mask)
-
-    def _checkpoints(self, state_path: str) -> Callable[[Evaluation], None]:
-        """What to do after each evaluation: count it; save the state in time, and at the end."""
-        every = self.plan.config.checkpoint_every
-        saved = time.monotonic()
-
-        def after_evaluation(evaluation: Evaluation) -> None:
-            nonlocal saved
-            try:
-                self.report.evaluation_done(evaluation.pred_x0)
-                self.stop.check()
-            except (Interrupted, UserError):
-                _save_state(state_path, evaluation.state())
-                raise
-            if time.monotonic() - saved >= every:
-                _save_state(state_path, evaluation.state())
-                saved = time.monotonic()
-
-        return after_evaluation
-
-    def _write(self, task: Task, example: Example, result: np.ndarray, seconds: float) -> None:
-        d, png = self.plan.dataset, encode_png(result)
-        if task.is_first_sample:
-            _write_companions(d, task.pair.name, example)
-        _write(f"{d.inpainted_dir}/{task.name}", png)
-        line = Result(self.plan.run, self.plan.digest, task.origin, len(png), seconds)
-        with _writing(self.records.path):
-            self.records.finished(task.name, line)
-
-    def _non_finite(self, part: Sequence[Task], error: NonFiniteError) -> str:
-        names = [part[i].name for i in error.images]
-        others = f" and {len(names) - 1} more" if names[1:] else ""
-        return (
-            f"{names[0]}{others}: what the network predicts is not finite (NaN or infinity) at "
-            f"step {error.step}, after {self.report.batch_calls} of {self.plan.evaluations} "
-            f"evaluations; {self._remedy()}"
-        )
-
-    def _remedy(self) -> str:
-        """What to do where the network's output is not finite."""
-        if self.speed.precision == "fp16":
-            offered = offered_precisions(self.inpainter.diffusion.device)
-            others = [name for name in offered if name != "fp16"]
-            return f"fp16 has no larger numbers than 65504: set precision: {' or '.join(others)}"
-        path = self.plan.config.model_path
-        return f"the checkpoint is likely damaged: download {path} again"
-
-    def _await_others(self) -> None:
-        """Show what the other processes do, until they are done."""
-        done, since = -1, time.monotonic()
-        while self.team.add("batches done", 0) < len(self.plan.batches):
-            self.stop.check()
-            self.report.tell()
-            if self.report.done != done:
-                done, since = self.report.done, time.monotonic()
-            if time.monotonic() - since > STALLED:
-                raise UserError(
-                    "another process has done nothing for half an hour, and counts as lost; run "
-                    "the same command again to make what is missing"
-                )
-            time.sleep(POLLING)
-        self.report.tell()  # what they did since the last look
-
-
-def _load(task: Task, image_size: int) -> Example:
-    """Raises UserError if a file cannot be read, or is not the one that the plan is for."""
-    example = load_pair(task.pair, image_size, task.origin.flip)
-    for path, digest in (
-        (task.pair.image_path, task.origin.image),
-        (task.pair.mask_path, task.origin.mask),
-    ):
-        if input_digest(path) != digest:
-            raise UserError(f"{path} changed during the run; run the same command again")
-    return example
-
-
-def _halved(batch_size: int, device: torch.device, speed: Speed) -> int:
-    """The size to go on with where memory does not suffice. Raises UserError if there is none."""
-    if batch_size > 1:
-        return batch_size // 2
-    remedies = ["device: cpu"]
-    if speed.dtype.itemsize == 4:
-        half = [name for name in offered_precisions(device) if DTYPES[name].itemsize == 2]
-        remedies.insert(0, f"precision: {' or '.join(half)} (half the memory)")
-    raise UserError(f"{device} has not enough memory for one image; set {', or '.join(remedies)}")
-
-
-def _earlier_state(path: str) -> SamplerState | None:
-    """Where an earlier run stopped in this batch."""
-    try:
-        state = load_state(path)
-    except (OSError, ValueError) as error:
-        message = f"{path}: {error}; the images of this state start afresh"
-        warnings.warn(message, UserWarning, stacklevel=2)
-        return None
-    return state and SamplerState(**state)
-
-
-def _save_state(path: str, state: SamplerState) -> None:
-    """A precaution, whose failure does not end the run."""
-    x = state.x.cpu()
-    if not x.isfinite().all():  # on a GPU, that is found some evaluations later
-        return
-    try:
-        save_state(path, vars(state) | {"x": x})
-    except OSError as error:
-        reason = error.strerror or error
-        warnings.warn(f"cannot save the state in {path}: {reason}", UserWarning, stacklevel=2)
+def _process_log(plan: Plan, inpainter: Inpainter | None = None) -> ProcessLog:
+    """inpainter: needed to write."""
+    if inpainter is None:
+        return ProcessLog(plan.process_dir, every=1, times=(), noise_levels=())
+    noise = (1 - inpainter.diffusion.alphas_cumprod) ** 0.5
+    return ProcessLog(plan.process_dir, plan.config.log_every, inpainter.times, noise.tolist())
 
 
 # ---- After the last batch ---------------------------------------------------------------------
@@ -362,7 +186,9 @@ def _finish(plan: Plan, identity: Identity, records: Records) -> None:
         )
     seconds = {name: result.seconds for name, result in results.items()}
     _write_run_json(plan, identity, seconds)
-    with _writing(records.folder):
+    if not _exists(plan.report_path):
+        _write_report(plan, identity, seconds)
+    with writing(records.folder):
         records.forget_states()
 
 
@@ -371,38 +197,11 @@ def _restore_companions(plan: Plan) -> None:
     present = [existing(folder).keys() for folder in companion_folders(plan.dataset)]
     for task in plan.tasks:
         if task.is_first_sample and not all(task.pair.name in names for names in present):
-            example = _load(task, plan.config.network.image_size)
-            _write_companions(plan.dataset, task.pair.name, example)
+            example = load(task, plan)
+            write_companions(plan.dataset, task.pair.name, example)
 
 
 # ---- Files ------------------------------------------------------------------------------------
-
-
-def _write_companions(d: DatasetConfig, name: str, example: Example) -> None:
-    """The input, the mask, and the input under the mask."""
-    gt, m = example.image, example.keep_mask
-    pictures = {d.gt_masked_dir: gt * m - (1 - m), d.keep_mask_dir: 2 * m - 1}
-    if d.gt_dir is not None:
-        pictures[d.gt_dir] = gt
-    for folder, picture in pictures.items():
-        _write(f"{folder}/{name}", encode_png(to_bytes(picture[None])[0]))
-
-
-def _write(path: str, data: bytes) -> None:
-    with _writing(path):
-        storage.write_atomically(path, data)
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    """Errors as UserError, for the disk may be full by now, or a folder be in the way."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; what was written before is "
-            "complete, and the same command goes on from there"
-        ) from error
 
 
 def _write_run_json(
@@ -423,7 +222,49 @@ def _write_run_json(
         "seconds_per_image": seconds or {},
         "checkpoints": list(identity.checkpoints.values()),
     }
-    _write(plan.record_path, f"{json.dumps(content, indent=2)}\n".encode())
+    write(plan.record_path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def _write_report(plan: Plan, identity: Identity, seconds: dict[str, float]) -> None:
+    """A page to look at the results. seconds: of each."""
+    d, config = plan.dataset, plan.config
+    facts = {
+        "Model": config.model_path,
+        "Images": f"{plan.images:,}",
+        f"Evaluations per {plan.input_noun}": f"{plan.evaluations:,}",
+        "Seed": f"{config.seed}",
+        "Computed on": f"{identity.device}, {identity.speed.describe()}",
+    }
+    samples: dict[str, list[Task]] = {}  # of each image, by its name, in the order of names
+    for task in sorted(plan.tasks, key=lambda task: task.pair.index):
+        samples.setdefault(task.pair.name, []).append(task)
+    rows = (
+        Row(
+            name=name,
+            input=d.gt_dir and f"{d.gt_dir}/{name}",
+            masked=f"{d.gt_masked_dir}/{name}",
+            results=tuple(f"{d.inpainted_dir}/{task.name}" for task in tasks),
+            seconds=tuple(seconds[task.name] for task in tasks),
+            seeds=tuple(task.origin.stream for task in tasks),
+            process=_animation(plan, tasks[0].name),
+        )
+        for name, tasks in samples.items()
+    )
+    with writing(plan.report_path):
+        write_report(plan.report_path, config.name, facts, rows)
+
+
+def _animation(plan: Plan, name: str) -> str | None:
+    """The path of a result's animation, if there is one; of a photo's first region."""
+    if not plan.config.log_every:
+        return None
+    paths = (_process_log(plan).animation(log) for log in (name, region_name(name, 0)))
+    return next((path for path in paths if _exists(path)), None)
+
+
+def _exists(path: str) -> bool:
+    with writing(path):
+        return storage.exists(path)
 
 
 def _versions() -> dict[str, str]:

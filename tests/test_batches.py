@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 from torch.distributed import HashStore
 
-from guided_diffusion import dist_util, memory, progress, runner, storage
+from guided_diffusion import dist_util, memory, progress, runner, storage, worker
 from guided_diffusion.accel import Speed
 from guided_diffusion.config import UserError, load_config
 from guided_diffusion.denoiser import NonFiniteError
@@ -321,7 +321,7 @@ def test_what_a_failed_batch_held_is_free_before_the_next(folder):
 def test_a_single_image_that_does_not_fit_ends_the_run(folder, precision, offered, remedy):
     inpainter = FakeInpainter(lambda attempt: 2 if attempt == 0 else 0)
     with (
-        patch.object(runner, "offered_precisions", lambda device: offered),
+        patch.object(worker, "offered_precisions", lambda device: offered),
         told_warnings() as caught,
         pytest.raises(UserError) as error,
     ):
@@ -345,7 +345,7 @@ def test_what_a_failed_batch_did_is_taken_back_from_the_bar(folder, capsys):
 
 @contextlib.contextmanager
 def quiet_report(images: int, evaluations: int) -> Iterator[ProgressReport]:
-    report = ProgressReport(images, evaluations, True, join(ALONE))
+    report = ProgressReport(images, images * evaluations, True, join(ALONE))
     with contextlib.redirect_stderr(io.StringIO()), report:
         yield report
 
@@ -383,7 +383,7 @@ def test_the_warning_has_a_line_of_its_own():
     with (
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
-        ProgressReport(4, 5, True, join(ALONE)) as report,
+        ProgressReport(4, 20, True, join(ALONE)) as report,
     ):
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_: print(message, file=err)
@@ -607,7 +607,7 @@ def test_an_output_that_is_not_finite_ends_the_run(folder, images, speed, named,
 
     inpainter = Overflowing(lambda attempt: 2 if attempt == 0 else 0, fails_after=4)
     with (
-        patch.object(runner, "offered_precisions", lambda device: ["fp32", "bf16", "fp16"]),
+        patch.object(worker, "offered_precisions", lambda device: ["fp32", "bf16", "fp16"]),
         pytest.raises(UserError) as error,
     ):
         folder.plan(4, speed=speed, batch_size=2).run(inpainter)
@@ -668,6 +668,7 @@ def test_a_finished_run_loads_nothing_and_says_so(folder, capsys):
     assert capsys.readouterr().out == (
         "all were finished before (--overwrite makes them again); results: "
         f"{folder.path}/out/results (settings and times: {folder.path}/out/run.json)\n"
+        f"to look at: {folder.path}/out/report.html\n"
     )
     assert folder.record()["finished"] and folder.record()["seconds_per_image"] == times
 
@@ -797,7 +798,7 @@ def test_a_state_that_cannot_be_saved_is_told_and_the_run_goes_on(folder):
         raise OSError(28, "No space left on device")
 
     job = folder.plan(1, checkpoint_every=0)
-    with patch.object(runner, "save_state", fill_up):
+    with patch.object(worker, "save_state", fill_up):
         messages = run(job, FakeInpainter())
     assert messages and all("cannot save the state in " in message for message in messages)
     assert all(message.endswith(": No space left on device") for message in messages)
@@ -908,8 +909,8 @@ def test_rank_0_does_not_wait_for_ever(folder, pair):
     first, second = pair(3)
     assert second.team.add("batches begun", 1) == 1  # and never done
     with (
-        patch.object(runner, "STALLED", 0),
-        patch.object(runner, "POLLING", 0),
+        patch.object(worker, "STALLED", 0),
+        patch.object(worker, "POLLING", 0),
         pytest.raises(UserError, match="another process has done nothing for half an hour"),
     ):
         first.run(FakeInpainter())
@@ -937,7 +938,7 @@ def test_rank_0_waits_for_the_others_while_they_do_something(folder, pair, clock
         team.store.set("settled plan", json.dumps({"made": settled}))
         replace(second, plan=plan, team=team).run(inpainter)
 
-    with patch.object(runner.time, "sleep", look):
+    with patch.object(worker.time, "sleep", look):
         run(first, FakeInpainter())
     assert looks == [False] * 3 and inpainter.seeds == [[SEED]]
     assert folder.streams() == expected_streams(3) and folder.record()["finished"]
@@ -949,7 +950,7 @@ def reports(clock) -> list[ProgressReport]:
     store, err = HashStore(), io.StringIO()
     teams = [Team(World(rank, 2, rank, 2), store) for rank in (0, 1)]
     with contextlib.redirect_stderr(err), contextlib.ExitStack() as stack:
-        yield [stack.enter_context(ProgressReport(4, 10, True, team)) for team in teams]
+        yield [stack.enter_context(ProgressReport(4, 40, True, team)) for team in teams]
 
 
 def test_the_bar_of_rank_0_counts_what_all_processes_do(reports, clock):

@@ -176,13 +176,14 @@ def finished(tmp_path_factory) -> Finished:
 def test_a_run_says_what_it_will_do_and_where_the_results_are(finished):
     result = finished.result
     assert result.status == 0, result.err
-    plan, evaluations, seed, speed, left, results = result.out.splitlines()
+    plan, evaluations, seed, speed, left, results, report = result.out.splitlines()
     assert plan == "resample: 3 images from gts, masks from masks, batch size 2"
     assert evaluations == "5 network evaluations per image, 15 in all"
     assert seed == "seed 10 (to repeat this run: --set seed=10)"
     assert speed == "device cpu, fp32"
     assert re.fullmatch(r"about [0-9.e-]+ (s|min) left \([0-9.e-]+ s per evaluation\)", left)
     assert results == "results: out/inpainted (settings and times: out/run.json)"
+    assert report == "to look at: out/report.html"
 
 
 def test_one_bar_over_the_whole_run_with_image_and_rate(finished):
@@ -200,7 +201,7 @@ def test_every_image_gets_its_four_files(finished):
     written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     expected = [f"{folder}/{name}" for folder in OUTPUTS.values() for name in names]
     records = ["inpainted.run/images-0.jsonl", "inpainted.run/lock"]
-    assert written == sorted([*expected, *records, "run.json"])
+    assert written == sorted([*expected, *records, "report.html", "run.json"])
     for folder in OUTPUTS.values():
         shapes = {picture.shape for picture in finished.case.written(folder).values()}
         assert shapes == {(SIZE, SIZE, 3)}
@@ -306,6 +307,7 @@ def test_what_is_finished_is_not_done_again(case, plain):
     assert result.out == (
         "all were finished before (--overwrite makes them again); "
         f"results: {case.out}/inpainted (settings and times: {case.out}/run.json)\n"
+        f"to look at: {case.out}/report.html\n"
     )
     assert case.tree() == before
 
@@ -739,7 +741,7 @@ def test_without_a_folder_for_the_input_it_is_not_written(case, plain):
     del case.dataset["paths"]["gts"]
     assert_same(case.finish(), plain)
     assert sorted(path.name for path in case.out.iterdir()) == [
-        *("gt_keep_mask", "gt_masked", "inpainted", "inpainted.run", "run.json")
+        *("gt_keep_mask", "gt_masked", "inpainted", "inpainted.run", "report.html", "run.json")
     ]
 
 

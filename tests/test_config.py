@@ -236,6 +236,7 @@ def test_defaults(write):
         "paste_known": False,
         "samples_per_image": 1,
         "checkpoint_every": 300,
+        "log_every": 0,
         "dataset": None,
     }
 
@@ -253,6 +254,13 @@ def test_drop_last_needs_a_batch_size_that_is_known_beforehand(write):
         load_config(write(USERS_FILE), overrides)
 
 
+def test_whole_photos_are_not_mirrored(write):
+    assert load_config(write(USERS_FILE), ["data.eval.faces.fit=region"]).dataset.fit == "region"
+    overrides = ["data.eval.faces.fit=region", "data.eval.faces.random_flip=true"]
+    with pytest.raises(UserError, match="random_flip: found true; accepted: false with fit: reg"):
+        load_config(write(USERS_FILE), overrides)
+
+
 def test_dataset_defaults(write):
     text = USERS_FILE
     for key in ("batch_size", "offset", "max_len", "deterministic", "random_flip", "drop_last"):
@@ -260,7 +268,7 @@ def test_dataset_defaults(write):
     dataset = load_config(write(changed(text, "data.eval.faces.paths.gts", DELETED))).dataset
     assert (dataset.batch_size, dataset.offset, dataset.max_len) == (1, 0, None)
     assert (dataset.deterministic, dataset.random_flip, dataset.drop_last) == (True, False, False)
-    assert dataset.gt_dir is None
+    assert (dataset.mask_convention, dataset.fit, dataset.gt_dir) == ("keep", "crop", None)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 | floor | modules |
 | --- | --- |
 | 0 | config, storage, nn, gaussian_diffusion, winograd, memory, interrupts |
-| 1 | unet, respace, checkpoint, pictures, scheduler, dist_util |
+| 1 | unet, respace, checkpoint, pictures, scheduler, dist_util, mask_kinds, mask_edits |
 | 2 | repaint, denoiser, accel, progress, records, measuring, image_datasets |
-| 3 | inpainter, plan, training/* |
-| 4 | factory, runner |
-| 5 | benchmarking, scaling; the package's own front (`__init__`) |
-| 6 | the entry scripts: test.py, train.py, benchmark.py |
-| 7 | data/*.py, scripts that use the package as its users do |
+| 2 | masks, regions, report |
+| 3 | inpainter, examples, input_checks, animation, metrics/*, training/* |
+| 4 | plan, preview, factory, evaluation |
+| 5 | worker, paper_table, study, benchmarking, scaling; the package's own front (`__init__`) |
+| 6 | runner |
+| 7 | the entry scripts: test.py, train.py, benchmark.py, evaluate.py |
+| 8 | data/*.py, scripts that use the package as its users do |
 
 A module imports from strictly lower floors only; those inside training/ also from one another.
 """
@@ -27,12 +29,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "guided_diffusion"
 FLOORS = (
     ("config", "storage", "nn", "gaussian_diffusion", "winograd", "memory", "interrupts"),
-    ("unet", "respace", "checkpoint", "pictures", "scheduler", "dist_util"),
-    ("repaint", "denoiser", "accel", "progress", "records", "measuring", "image_datasets"),
-    ("inpainter", "plan", "training.*"),
-    ("factory", "runner"),
-    ("benchmarking", "scaling", "__init__"),
-    ("test.py", "train.py", "benchmark.py"),
+    ("unet", "respace", "checkpoint", "pictures", "scheduler", "dist_util", "mask_kinds")
+    + ("mask_edits",),
+    ("repaint", "denoiser", "accel", "progress", "records", "measuring", "image_datasets")
+    + ("regions", "masks", "report"),
+    ("inpainter", "examples", "input_checks", "animation", "metrics.*", "training.*"),
+    ("plan", "preview", "factory", "evaluation"),
+    ("worker", "paper_table", "study", "benchmarking", "scaling", "__init__"),
+    ("runner",),
+    ("test.py", "train.py", "benchmark.py", "evaluate.py"),
     ("data/*.py",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -50,8 +55,9 @@ def module_name(path: Path) -> str:
 
 def room(name: str) -> str:
     """The name under which the table above lists a module."""
-    if name.startswith("training."):
-        return "training.*"
+    for folder in ("training.", "metrics."):
+        if name.startswith(folder):
+            return f"{folder}*"
     return "data/*.py" if name.startswith("data/") else name
 
 
@@ -84,7 +90,7 @@ def forbidden_imports(name: str, source: str) -> list[str]:
         target
         for target in imported_modules(source)
         if FLOOR_OF[room(target)] >= FLOOR_OF[room(name)]
-        and not (room(name) == room(target) == "training.*")
+        and not (room(name) == room(target) and room(name).endswith(".*"))
     ]
 
 
@@ -114,12 +120,13 @@ def test_imports_point_to_lower_floors(name):
         ("unet", "import guided_diffusion.repaint", ["repaint"]),
         ("unet", "def f():\n    from guided_diffusion import runner", ["runner"]),
         ("unet", "from guided_diffusion.scheduler import jump_times", ["scheduler"]),
-        ("runner", "from guided_diffusion import load_inpainter", ["__init__"]),
-        ("runner", "import guided_diffusion", ["__init__"]),
-        ("runner", "from guided_diffusion import storage, factory", ["factory"]),
+        ("worker", "from guided_diffusion import load_inpainter", ["__init__"]),
+        ("worker", "import guided_diffusion", ["__init__"]),
+        ("worker", "from guided_diffusion import storage, runner", ["runner"]),
         ("data/x.py", "from guided_diffusion import load_inpainter", []),
         ("training.loop", "from guided_diffusion.training.ema import EMA", []),
         ("training.loop", "from guided_diffusion.plan import Plan", ["plan"]),
+        ("training.loop", "from guided_diffusion.metrics import lpips", ["metrics.lpips"]),
         ("repaint", "import torch, math\nfrom guided_diffusion_2 import x", []),
     ],
 )

@@ -2,7 +2,6 @@
 
 import io
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
@@ -18,11 +17,9 @@ from guided_diffusion import image_datasets
 from guided_diffusion.config import UserError
 from guided_diffusion.image_datasets import (
     Pair,
-    check_pairs,
     find_pairs,
     flip_decision,
     image_to_tensor,
-    load_pair,
     mask_to_tensor,
     to_bytes,
 )
@@ -67,8 +64,8 @@ def test_golden_inputs_are_prepared_to_the_byte(run):
     pairs = find_pairs(str(run / "gts"), str(run / "masks"))
     assert [pair.name for pair in pairs] == sorted(p.name for p in run.glob("expected/gt/*"))
     for pair in pairs:
-        example = load_pair(pair, image_size)
-        gt, m = example.image, example.keep_mask
+        gt = image_to_tensor(load_prepared(pair.image_path, image_size))
+        m = mask_to_tensor(load_prepared(pair.mask_path, image_size))
         written = {"gt": gt, "gt_masked": gt * m - (1 - m), "gt_keep_mask": 2 * m - 1}
         for folder, tensor in written.items():
             expected = np.asarray(Image.open(run / "expected" / folder / pair.name))
@@ -451,16 +448,6 @@ def test_png_holds_the_same_bytes():
     np.testing.assert_array_equal(np.asarray(image), array)
 
 
-def test_flip_mirrors_image_mask_and_bytes_together(tmp_path):
-    images = save_images(tmp_path, "a.png")
-    (pair,) = find_pairs(images, images)
-    plain, flipped = load_pair(pair, 8), load_pair(pair, 8, flip=True)
-    assert torch.equal(flipped.image, plain.image.flip(-1))
-    assert torch.equal(flipped.keep_mask, plain.keep_mask.flip(-1))
-    np.testing.assert_array_equal(flipped.image_bytes, plain.image_bytes[:, ::-1])
-    np.testing.assert_array_equal(plain.image_bytes, np.asarray(noise(8, 8)))
-
-
 def test_flips_are_half_of_all_fixed_by_seed_and_index_and_draw_from_no_shared_stream():
     state = torch.random.get_rng_state()
     decisions = [flip_decision(seed, index) for seed in range(50) for index in range(40)]
@@ -470,109 +457,3 @@ def test_flips_are_half_of_all_fixed_by_seed_and_index_and_draw_from_no_shared_s
     shifted = [flip_decision(1, index) for index in range(39)]
     assert decisions[1:40] != shifted
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-# ---- Checks before sampling ----
-
-
-def grey_mask(path: Path, levels: list[int], size: int = 8) -> str:
-    """A mask whose columns repeat the given levels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.resize(np.array(levels, np.uint8), (size, size))).save(path)
-    return str(path)
-
-
-def pairs_with_masks(tmp_path: Path, *levels: list[int]) -> list[Pair]:
-    image = save_images(tmp_path, "image.png") + "/image.png"
-    masks = [grey_mask(tmp_path / f"{i}.png", values) for i, values in enumerate(levels)]
-    return [Pair(i, image, mask, f"{i}.png") for i, mask in enumerate(masks)]
-
-
-def messages_of(pairs: list[Pair], image_size: int = 8) -> list[str]:
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        check_pairs(pairs, image_size)
-    assert all(warning.category is UserWarning for warning in record)
-    assert all(warning.filename == __file__ for warning in record) or not record
-    messages = [str(warning.message) for warning in record]
-    assert not any("\n" in message for message in messages)
-    return messages
-
-
-def test_good_pairs_pass_silently(tmp_path):
-    assert messages_of(pairs_with_masks(tmp_path, [0, 255], [255, 0, 0, 0])) == []
-
-
-def test_grey_masks_are_counted_in_one_warning(tmp_path):
-    pairs = pairs_with_masks(tmp_path, [0, 255], [0, 254], [0, 128])
-    (message,) = messages_of(pairs)
-    assert message.startswith(f"2 of 3 masks, first {pairs[1].mask_path}, have values between 0")
-    assert "save images and masks at 8x8, masks black and white" in message
-
-
-def test_masks_of_zeros_and_ones_are_told_apart_from_grey_ones(tmp_path):
-    pairs = pairs_with_masks(tmp_path, [0, 1], [0, 255])
-    (message,) = messages_of(pairs)
-    assert message.startswith(f"1 of 2 masks, first {pairs[0].mask_path}, are nowhere brighter")
-    assert "multiply them by 255" in message
-
-
-def test_masks_that_become_grey_by_resizing_are_found(tmp_path):
-    (message,) = messages_of(pairs_with_masks(tmp_path, [0, 255]), image_size=6)
-    assert "have values between" in message
-
-
-def test_masks_of_one_colour_are_legal_with_a_warning_a_kind(tmp_path):
-    pairs = pairs_with_masks(tmp_path, [0], [255], [255], [0, 255])
-    white, black = messages_of(pairs)
-    assert white.startswith(f"2 of 4 masks, first {pairs[1].mask_path}, keep everything")
-    assert black.startswith(f"1 of 4 masks, first {pairs[0].mask_path}, keep nothing")
-
-
-def test_sizes_that_differ_are_one_warning_with_the_first_such_pair(tmp_path):
-    pairs = pairs_with_masks(tmp_path, [0, 255], [0, 255], [0, 255])
-    for pair in pairs[1:]:
-        grey_mask(Path(pair.mask_path), [0] * 8 + [255] * 8, size=16)
-    (message,) = messages_of(pairs)
-    assert message.startswith("2 of 3 images differ in size from their mask")
-    assert f"{pairs[1].image_path} (8x8) and {pairs[1].mask_path} (16x16)" in message
-
-
-def test_sizes_are_compared_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    noise(12, 8).save(tmp_path / "image.png", exif=exif)
-    image = str(tmp_path / "image.png")
-    pixels = np.zeros((12, 8), np.uint8)
-    pixels[:6] = 255
-    Image.fromarray(pixels).save(tmp_path / "mask.png")
-    assert messages_of([Pair(0, image, str(tmp_path / "mask.png"), "image.png")]) == []
-
-
-def test_a_mask_that_serves_all_is_read_once_and_counted_once(tmp_path, monkeypatch):
-    images = save_images(tmp_path / "gts", "a.png", "b.png", "c.png")
-    mask = grey_mask(tmp_path / "mask.png", [100])
-    opened = []
-    open_binary = image_datasets.storage.open_binary
-
-    def record(path):
-        opened.append(path)
-        return open_binary(path)
-
-    monkeypatch.setattr(image_datasets.storage, "open_binary", record)
-    (message,) = messages_of(find_pairs(images, mask))
-    assert message.startswith("1 of 1 masks")
-    assert opened.count(mask) == 1 and len(opened) == 4
-
-
-def test_the_first_bad_file_is_named_and_the_others_counted(tmp_path):
-    pairs = pairs_with_masks(tmp_path, [0], [0, 255], [0, 255])
-    for pair in pairs[1:]:
-        Path(pair.mask_path).write_bytes(b"")
-    message = user_error(check_pairs, pairs, 8)
-    assert f"cannot read image {pairs[1].mask_path}" in message
-    assert message.endswith("(1 more cannot be read either)")
-    Path(pairs[1].mask_path).unlink()
-    grey_mask(Path(pairs[2].mask_path), [0, 255])
-    message = user_error(check_pairs, pairs, 8)
-    assert "No such file" in message and "more" not in message

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -252,9 +252,9 @@ def test_samples_that_are_missing_are_computed_in_their_batch(case):
 
 def test_only_what_is_to_be_done_is_checked(case):
     case.finish(NAMES[:3])
-    with patch.object(planning, "check_pairs") as check:
+    with patch.object(planning, "check_pairs", return_value=[1, 1]) as check:
         case.plan()
-    ((pairs, size), _) = check.call_args
+    ((pairs, _, size), _) = check.call_args
     assert [pair.name for pair in pairs] == list(NAMES[3:]) and size == SIZE
 
 
@@ -356,6 +356,11 @@ ALL: dict[str, tuple[Callable[[Case], object], str]] = {
         _set(inpa_inj_sched_prev=False),
         "inpa_inj_sched_prev was at its default, is false",
     ),
+    "fit": (_set_dataset(fit="region"), "fit was at its default, is region"),
+    "convention": (
+        _set_dataset(mask_convention="fill"),
+        "mask_convention was at its default, is fill",
+    ),
     "clipping": (_set(clip_denoised=False), "clip_denoised was at its default, is false"),
     "checkpoint": (_write("weights.pt", b"others"), "the file of model_path changed"),
     "precision": (
@@ -377,6 +382,7 @@ ALL: dict[str, tuple[Callable[[Case], object], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:3 of 5 masks")  # of those with convention: fill
 @pytest.mark.parametrize("change", ALL)
 def test_a_setting_that_changes_pixels_does_all_again(case, change):
     case.finish()
@@ -413,6 +419,7 @@ NOTHING: dict[str, Callable[[Case], object]] = {
     "name": _set(name="another"),
     "progress": _set(show_progress=False),
     "saving": _set(checkpoint_every=1),
+    "showing": _set(log_every=5),
     "the device, named": _set(device="cpu"),
     "the precision, named": _set(precision="fp32"),
     "why so fast": lambda case: setattr(case, "speed", Speed(reason="fast: it is")),
@@ -439,9 +446,18 @@ def test_every_key_of_a_config_is_known_to_change_pixels_or_not(case):
         counted = {key.split(".")[0] for key in case.identity.settings}
     assert keys - counted == {
         *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),
-        *("fast", "use_fp16", "classifier_path"),  # use_fp16: as the precision it comes to
+        *("log_every", "fast", "use_fp16"),  # use_fp16: as the precision it comes to
+        "classifier_path",
     }
     assert counted - keys == {"version of the program"}
+
+
+def test_every_key_of_a_dataset_is_known_to_change_pixels_or_not(case):
+    """Those that are not settings are places, choose pictures, or count in their origins."""
+    chosen = {"offset", "max_len", "deterministic", "drop_last", "batch_size", "random_flip"}
+    names = {field.name for field in fields(case.config().dataset)}
+    places = {"name", "gt_path", "mask_path"} | {name for name in names if name.endswith("_dir")}
+    assert names == chosen | places | {"fit", "mask_convention"}
 
 
 def test_a_key_at_its_default_is_as_good_as_none(case):
@@ -514,7 +530,8 @@ def test_a_fresh_plan_tells_nothing_of_earlier_runs(case):
     case.finish()
     assert case.plan().describe_results() == (
         "all were finished before (--overwrite makes them again); "
-        f"results: {case.results} (settings and times: {case.path}/out/run.json)"
+        f"results: {case.results} (settings and times: {case.path}/out/run.json)\n"
+        f"to look at: {case.path}/out/report.html"
     )
 
 

@@ -1,0 +1,126 @@
+"""A pair as the sampler takes it, and the picture that its results become.
+
+With `fit: crop`, the network sees the centre square, as in the original; with `fit: region`, a
+square around each hole of a photo, see `regions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from guided_diffusion.config import DatasetConfig
+from guided_diffusion.image_datasets import (
+    Pair,
+    image_to_tensor,
+    mask_to_tensor,
+    paste_known,
+    read_mask,
+    to_bytes,
+)
+from guided_diffusion.pictures import read_rgb, resize_and_crop
+from guided_diffusion.regions import Region, cut_image, cut_keep, find_regions, keep_of, paste
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What the network sees of a pair."""
+
+    image: torch.Tensor  # (3, S, S) float32 in [-1, 1]
+    keep_mask: torch.Tensor  # (3, S, S) float32 in [0, 1]; 1 = keep, 0 = fill in
+
+
+@dataclass(frozen=True, eq=False)
+class Companions:
+    """Pictures that are written beside a result, uint8 (H, W, 3)."""
+
+    gt: np.ndarray
+    gt_masked: np.ndarray
+    keep_mask: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """The centre square of a pair."""
+
+    image: np.ndarray  # uint8 (S, S, 3)
+    mask: np.ndarray  # uint8 (S, S, 3), white = keep
+    paste_known: bool = False  # known pixels come out exactly
+
+    @cached_property
+    def views(self) -> list[View]:
+        """The square itself."""
+        return [View(image_to_tensor(self.image), mask_to_tensor(self.mask))]
+
+    def finish(self, results: Sequence[np.ndarray]) -> np.ndarray:
+        """The picture to write. results: of each view, uint8 (S, S, 3)."""
+        (result,) = results
+        if not self.paste_known:
+            return result
+        keep_mask = self.views[0].keep_mask
+        return paste_known(result[None], self.image[None], keep_mask[None])[0]
+
+    def companions(self) -> Companions:
+        """The square, masked and mask, of the tensors that the network sees."""
+        (view,) = self.views
+        gt, m = view.image, view.keep_mask
+        return Companions(*to_bytes(torch.stack([gt, gt * m - (1 - m), 2 * m - 1])))
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """A whole photo, of which the network sees the surroundings of its holes."""
+
+    image: np.ndarray  # uint8 (H, W, 3)
+    keep: np.ndarray  # bool (H, W)
+    image_size: int
+
+    @cached_property
+    def regions(self) -> list[Region]:
+        """Squares that cover all holes."""
+        return find_regions(self.keep, self.image_size)
+
+    @cached_property
+    def views(self) -> list[View]:
+        """The regions, scaled to the network's size; none if nothing is to be filled in."""
+        return [self._view(region) for region in self.regions]
+
+    def _view(self, region: Region) -> View:
+        image = cut_image(self.image, self.keep, region, self.image_size)
+        keep = cut_keep(self.keep, region, self.image_size)
+        keep_mask = torch.from_numpy(keep).float().expand(3, -1, -1)  # (3, S, S)
+        return View(image_to_tensor(image), keep_mask)
+
+    def finish(self, results: Sequence[np.ndarray]) -> np.ndarray:
+        """The photo with its holes filled in. results: of each view, uint8 (S, S, 3)."""
+        return paste(self.image, self.keep, self.regions, results, self.image_size)
+
+    def companions(self) -> Companions:
+        """The photo, its bytes as they are, masked, and its mask."""
+        keep = np.repeat(self.keep[..., None], 3, axis=2)
+        return Companions(self.image, self.image * keep, keep * np.uint8(255))
+
+
+def load_example(
+    pair: Pair,
+    dataset: DatasetConfig,
+    image_size: int,
+    *,
+    flip: bool = False,
+    paste_known: bool = False,
+) -> Crop | Photo:
+    """Read a pair. Raises UserError that names a bad file.
+
+    flip: a crop is mirrored left to right. paste_known: of a crop; a photo's known pixels always
+    come out as they are.
+    """
+    image = read_rgb(pair.image_path)
+    mask = read_mask(pair.mask_path, dataset.mask_convention)
+    if dataset.fit == "region":
+        return Photo(np.asarray(image), keep_of(mask), image_size)
+    squares = [resize_and_crop(picture, image_size) for picture in (image, mask)]
+    return Crop(*(map(np.fliplr, squares) if flip else squares), paste_known)

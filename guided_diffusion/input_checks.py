@@ -1,0 +1,166 @@
+"""What is checked of images and masks before hours of sampling."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from guided_diffusion.config import DatasetConfig, UserError
+from guided_diffusion.image_datasets import Pair, for_each, read_mask
+from guided_diffusion.pictures import read_rgb, resize_and_crop
+from guided_diffusion.regions import find_regions, keep_of
+
+T = TypeVar("T")
+Size = tuple[int, int]  # width, height
+
+LITTLE = 0.2  # of a picture: masks that keep less are often meant the other way round
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What was found in a mask."""
+
+    size: Size  # before resizing
+    kind: str  # "binary" or a key of _WARNINGS
+    kept: float  # share of the picture
+    inputs: int = 1  # of the network: with fit: region, one a region
+    hole: int = 0  # with fit: region, the longest side of the largest hole
+
+
+_WARNINGS = {
+    "fractional": (
+        "have values between 0 (fill in) and 255 (keep) at {S}x{S}, which are used as they are; no "
+        "harm along edges; to avoid it, save images and masks at {S}x{S}, masks black and white"
+    ),
+    "dim": (
+        "are nowhere brighter than half of 255, so that nothing is kept as it is; if 1 means keep "
+        "in your masks, multiply them by 255"
+    ),
+    "white": "keep everything (white all over): nothing is filled in",
+    "black": "keep nothing (black all over): the whole picture is filled in",
+}
+
+
+def check_pairs(pairs: Sequence[Pair], dataset: DatasetConfig, image_size: int) -> list[int]:
+    """Read every image and mask once, and count the inputs of the network that each pair makes.
+
+    Warns, one line a kind, of masks with grey values, of masks that are dim all over, that keep
+    everything, nothing or little, and of masks that are not as large as their image; with
+    fit: region, of holes that are larger than the network's square. Raises UserError that names
+    the first file that cannot be read, or, with fit: region, that has not the size of its image.
+    """
+    inspect = _inspect_photo_mask if dataset.fit == "region" else _inspect_mask
+
+    def inspect_mask(path: str) -> _Mask:
+        return inspect(read_mask(path, dataset.mask_convention), image_size)
+
+    images = _inspected([pair.image_path for pair in pairs], lambda path: read_rgb(path).size)
+    masks = _inspected([pair.mask_path for pair in pairs], inspect_mask)
+    for message in _messages(pairs, images, masks, dataset, image_size):
+        warnings.warn(message, UserWarning, stacklevel=2)
+    return [masks[pair.mask_path].inputs for pair in pairs]
+
+
+def _inspected(paths: Iterable[str], inspect: Callable[[str], T]) -> dict[str, T]:
+    """path -> what is found in it. Raises UserError."""
+
+    def found(path: str) -> T | UserError:
+        try:
+            return inspect(path)
+        except UserError as error:
+            return error
+
+    findings = for_each(paths, found)
+    errors = [finding for finding in findings.values() if isinstance(finding, UserError)]
+    if errors:
+        others = f" ({len(errors) - 1} more cannot be read either)" if errors[1:] else ""
+        raise UserError(f"{errors[0]}{others}")
+    return findings
+
+
+def _inspect_mask(mask: Image.Image, image_size: int) -> _Mask:
+    prepared = resize_and_crop(mask, image_size)
+    return _Mask(mask.size, _kind(prepared), float(prepared.mean()) / 255)
+
+
+def _inspect_photo_mask(mask: Image.Image, image_size: int) -> _Mask:
+    keep = keep_of(mask)
+    regions = find_regions(keep, image_size)
+    hole = max((region.largest_hole for region in regions), default=0)
+    kind = "dim" if _kind(np.asarray(mask)) == "dim" else _kind(keep * np.uint8(255))
+    return _Mask(mask.size, kind, float(keep.mean()), len(regions), hole)
+
+
+def _kind(values: np.ndarray) -> str:
+    if 0 < values.max() < 128:
+        return "dim"
+    if ((values > 0) & (values < 255)).any():
+        return "fractional"
+    if values.min() == values.max():
+        return "white" if values.max() else "black"
+    return "binary"
+
+
+def _messages(
+    pairs: Sequence[Pair],
+    images: Mapping[str, Size],
+    masks: Mapping[str, _Mask],
+    dataset: DatasetConfig,
+    image_size: int,
+) -> Iterator[str]:
+    """Warnings. Raises UserError."""
+    for kind, text in _WARNINGS.items():
+        found = [path for path, mask in masks.items() if mask.kind == kind]
+        if found:
+            count = f"{len(found)} of {len(masks)} masks, first {found[0]},"
+            yield f"{count} {text.format(S=image_size)}"
+    yield from _convention_warnings(masks, dataset.mask_convention)
+    unequal = [pair for pair in pairs if images[pair.image_path] != masks[pair.mask_path].size]
+    if unequal:
+        yield _about_sizes(unequal, len(pairs), images, masks, dataset.fit)
+    large = [pair for pair in pairs if masks[pair.mask_path].hole > image_size]
+    if large:
+        yield (
+            f"{len(large)} of {len(pairs)} photos have holes larger than the {image_size} pixels "
+            f"that the network sees, first {large[0].image_path} "
+            f"({masks[large[0].mask_path].hole} pixels): what fills them is made smaller and then "
+            "enlarged, so that it is less sharp than the photo"
+        )
+
+
+def _convention_warnings(masks: Mapping[str, _Mask], convention: str) -> Iterator[str]:
+    little = [path for path, mask in masks.items() if mask.kept < LITTLE]
+    meant = [path for path in little if masks[path].kind in ("binary", "fractional")]
+    if 2 * len(meant) > len(masks):
+        other, means = ("fill", "fill in") if convention == "keep" else ("keep", "keep")
+        yield (
+            f"{len(meant)} of {len(masks)} masks, first {meant[0]}, keep less than a fifth of the "
+            f"picture; if white (255) means {means} in your masks, set mask_convention: {other}"
+        )
+
+
+def _about_sizes(
+    unequal: Sequence[Pair],
+    number: int,
+    images: Mapping[str, Size],
+    masks: Mapping[str, _Mask],
+    fit: str,
+) -> str:
+    """The warning about masks that have not the size of their image; with fit: region an error."""
+    image, mask = unequal[0].image_path, unequal[0].mask_path
+    sizes = ["{}x{}".format(*size) for size in (images[image], masks[mask].size)]
+    message = (
+        f"{len(unequal)} of {number} images differ in size from their mask, first "
+        f"{image} ({sizes[0]}) and {mask} ({sizes[1]}): "
+    )
+    if fit == "region":
+        raise UserError(f"{message}fit: region needs masks in the size of their images")
+    return (
+        f"{message}each is resized and its centre cropped separately; check that they still fit "
+        "together"
+    )

@@ -1,0 +1,184 @@
+"""Whole photos (`fit: region`), the process (`log_every`) and the report, in runs of `test.py`."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_runs import assert_equal, evaluations, one_thread, outputs, small_case
+from test_command import EVALUATIONS, Case, assert_same
+from test_image_datasets import noise
+
+from guided_diffusion.plan import stream_of_view
+
+HOLES = {  # name -> boxes (left, top, right, bottom)
+    "a.png": [(10, 12, 20, 22), (90, 50, 99, 60)],  # too far apart for one region
+    "b.png": [],
+    "c.png": [(0, 0, 8, 8)],
+}
+SIZES = {"a.png": (101, 67), "b.png": (40, 50), "c.png": (33, 48)}
+REGIONS = 3  # in all
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_in_processes() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def photo_case(folder: Path, **keys: object) -> Case:
+    """Three photos with two holes, none and one."""
+    case = small_case(folder, **keys)
+    for kind in ("gts", "masks"):
+        for path in (folder / kind).iterdir():
+            path.unlink()
+    for seed, (name, holes) in enumerate(HOLES.items()):
+        noise(*SIZES[name], seed=seed).save(folder / "gts" / name)
+        mask = Image.new("L", SIZES[name], 255)
+        for hole in holes:
+            mask.paste(0, hole)
+        mask.save(folder / "masks" / name)
+    case.dataset |= {"fit": "region"}
+    return case
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Case:
+    """An undisturbed run, all three at a time."""
+    case = photo_case(tmp_path_factory.mktemp("whole"), batch_size=3, log_every=2)
+    with evaluations() as case.sizes:
+        case.result = case.run()
+    return case
+
+
+def interrupt(case: Case, at: int) -> None:
+    with evaluations(at, lambda: os.kill(os.getpid(), signal.SIGTERM)) as sizes:
+        assert case.run().status == 128 + signal.SIGTERM
+    assert len(sizes) == at
+
+
+# ---- Whole photos -----------------------------------------------------------------------------
+
+
+def test_photos_keep_their_sizes_and_their_known_pixels(whole):
+    assert (whole.result.status, whole.result.lines("error")) == (0, [])
+    written, inputs, masked = (whole.written(k) for k in ("inpainted", "gt", "gt_masked"))
+    assert {name: picture.shape[1::-1] for name, picture in written.items()} == SIZES
+    for name, holes in HOLES.items():
+        original = np.asarray(Image.open(whole.folder / "gts" / name))
+        hole = np.zeros(original.shape, bool)
+        for left, top, right, bottom in holes:
+            hole[top:bottom, left:right] = True
+        np.testing.assert_array_equal(inputs[name], original)
+        np.testing.assert_array_equal(masked[name], np.where(hole, 0, original))
+        np.testing.assert_array_equal(written[name][~hole], original[~hole])
+        assert np.mean(written[name] != original) == pytest.approx(hole.mean(), rel=0.1)
+
+
+def test_the_first_regions_are_a_batch_then_the_second(whole):
+    assert whole.sizes == [2] * EVALUATIONS + [1] * EVALUATIONS
+    total = EVALUATIONS * REGIONS
+    assert f"5 network evaluations per region, {total} in all\n" in whole.result.out
+    assert whole.record()["evaluations"] == total
+
+
+def test_each_region_has_random_numbers_of_its_own(tmp_path):
+    """Two photos alike in all but the place of their only hole differ; so do two holes alike."""
+    case = photo_case(tmp_path)
+    Image.new("RGB", (101, 67), "grey").save(tmp_path / "gts" / "a.png")
+    first, second = (case.finish()["a.png"][y : y + 9, x : x + 9] for x, y in ((10, 12), (90, 50)))
+    assert (first != second).mean() > 0.5
+    streams = [stream_of_view(stream, k) for stream in (5, 6, 2**62 + 2**52) for k in range(50)]
+    assert len(set(streams)) == 150 and max(streams) < 2**63
+    assert [stream_of_view(stream, 0) for stream in (5, 2**40)] == [5, 2**40]
+
+
+@pytest.mark.parametrize("at", [3, EVALUATIONS, EVALUATIONS + 2])
+def test_a_stopped_photo_goes_on_in_the_region_where_it_was(whole, tmp_path, at):
+    case = photo_case(tmp_path, batch_size=3, log_every=2)
+    interrupt(case, at)
+    assert outputs(case) == {}
+    with evaluations() as sizes:
+        case.finish()
+    assert sizes == ([2] * EVALUATIONS + [1] * EVALUATIONS)[at:]
+    assert_equal(outputs(whole), case)
+    assert process_files(case) == process_files(whole)
+
+
+def test_finished_photos_are_skipped_and_their_inputs_not_counted(whole, tmp_path):
+    case = photo_case(tmp_path)
+    case.finish()
+    (case.out / "inpainted" / "c.png").unlink()
+    with evaluations() as sizes:
+        result = case.run()
+    assert sizes == [1] * EVALUATIONS
+    assert f"5 network evaluations per region, {EVALUATIONS} in all\n" in result.out
+    assert "2 of 3 are finished and skipped" in result.out
+
+
+def test_samples_of_a_photo_differ(tmp_path):
+    case = photo_case(tmp_path, samples_per_image=2)
+    written = case.finish()
+    assert sorted(written) == ["a_0.png", "a_1.png", "b_0.png", "b_1.png", "c_0.png", "c_1.png"]
+    assert (written["a_0.png"] != written["a_1.png"]).any()
+    np.testing.assert_array_equal(written["b_0.png"], written["b_1.png"])
+
+
+# ---- The process ------------------------------------------------------------------------------
+
+
+def process_files(case: Case) -> dict[str, bytes]:
+    paths = [path for path in (case.out / "process").rglob("*") if path.is_file()]
+    return {path.relative_to(case.out).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_the_process_of_each_region_is_shown(whole):
+    # Times 2 1 2 1 0 1 0 -1: evaluations end after 1, 3, 4, 6 and 7 transitions.
+    frames = [f"{number:06}_{kind}.png" for number in (3, 4, 6, 7) for kind in ("x0", "xt")]
+    names = ("a_region1", "a_region2", "c")
+    animations = {f"process/{name}.{kind}" for name in names for kind in ("gif", "webp")}
+    files = process_files(whole)
+    assert set(files) == {f"process/{name}/{f}" for name in names for f in frames} | animations
+    last = np.asarray(Image.open(whole.out / "process" / "c" / "000007_x0.png"))
+    assert last.shape == (32, 32, 3)
+
+
+def test_the_process_changes_no_result(tmp_path):
+    shown, plain = (small_case(tmp_path / name, 2) for name in ("shown", "plain"))
+    shown.config["log_every"] = 1
+    assert_same(shown.finish(), plain.finish())
+    last = Image.open(shown.out / "process" / "000000" / "000007_xt.png")
+    np.testing.assert_array_equal(np.asarray(last), shown.written()["000000.png"])
+
+
+# ---- The report -------------------------------------------------------------------------------
+
+
+def test_the_report_links_what_the_run_has_written(whole):
+    page = (whole.out / "report.html").read_text()
+    for name in HOLES:
+        for kind in ("inpainted", "gt_masked", "gt"):
+            assert f'"{kind}/{name}"' in page
+    assert '"process/a_region1.webp"' in page and '"process/c.webp"' in page
+    assert "process/b" not in page
+    assert f">{whole.record()['seed']}<" in page
+
+
+def test_the_report_is_written_when_it_is_missing_or_out_of_date(tmp_path):
+    case = small_case(tmp_path, 2)
+    case.finish()
+    report = case.out / "report.html"
+    page, time = report.read_bytes(), report.stat().st_mtime_ns
+    case.finish()
+    assert report.stat().st_mtime_ns == time
+    report.unlink()
+    case.finish()
+    assert report.read_bytes() == page
+    case.config["seed"] += 1000
+    interrupt(case, 2)
+    assert not report.exists()  # what it showed is not there any more
+    case.finish()
+    assert report.read_bytes() != page
