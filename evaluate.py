@@ -10,6 +10,7 @@ EXAMPLES = """examples:
   python evaluate.py --results log/demo/inpainted --gt log/demo/gt --masks log/demo/gt_keep_mask
   python evaluate.py --results mine --gt truth --out metrics.csv
   python evaluate.py --paper log/test_* --out paper.csv
+  python evaluate.py --run-study portraits
 """
 
 
@@ -35,17 +36,25 @@ def parse_arguments() -> argparse.Namespace:
     add("--gt", metavar="DIR", help="the truth, pictures of the same names and sizes")
     add("--masks", metavar="DIR", help="white = known, black = hole; measures the hole as well")
     add("--paper", nargs="+", metavar="DIR", help="folders of runs: the paper's table beside ours")
-    add("--out", metavar="FILE", help="write the figures as CSV: a line an image, or a cell")
+    study_help = "inpaint portraits with the embedded model, measure, write a page (an hour)"
+    add("--run-study", choices=["portraits"], help=study_help)
+    out_help = "write the figures as CSV: a line an image, or a cell; of a study, the page (.md)"
+    add("--out", metavar="FILE", help=out_help)
     arguments = parser.parse_args()
     folders = [arguments.results, arguments.gt, arguments.masks]
-    if any(folders) if arguments.paper else not all(folders[:2]):
-        parser.error("give --results and --gt, or --paper without them")
+    others = [arguments.paper, arguments.run_study]
+    if all(others) or (any(folders) if any(others) else not all(folders[:2])):
+        parser.error("give --results and --gt, or --paper alone, or --run-study alone")
     return arguments
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.out:
         evaluation.check_out(arguments.out)
+    if arguments.run_study:
+        from guided_diffusion.study import run_portraits
+
+        return run_portraits(arguments.out)
     if arguments.paper:
         table = paper_table.compare(arguments.paper)
     else:
