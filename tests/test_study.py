@@ -1,0 +1,137 @@
+"""The study of the embedded model: what it runs, and the page and plots that it writes."""
+
+import io
+import json
+import re
+import runpy
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_command import ROOT
+
+from guided_diffusion import study
+from guided_diffusion.config import UserError, load_config
+from guided_diffusion.scheduler import count_evaluations, jump_times
+
+
+class Sampler:
+    """Stands in for the scripts that the study runs: results miss the truth in the hole by r."""
+
+    def __init__(self):
+        self.commands: list[tuple[str, list[str]]] = []
+
+    def __call__(self, script: str, *arguments: object) -> None:
+        words = [str(word) for word in arguments]
+        self.commands.append((script, words))
+        if script == "data/make_portraits.py":
+            rng = np.random.default_rng(0)
+            for i in range(study.NUMBER):
+                shape = (study.SIZE, study.SIZE, 3)
+                save(f"{words[0]}/{study.FIRST + i:06}.png", rng.integers(0, 200, shape))
+            return
+        config = load_config(ROOT / words[1], words[3::2])
+        dataset, r = config.dataset, config.schedule.jump_n_sample
+        for path in Path(dataset.gt_path).iterdir():
+            truth = np.asarray(Image.open(path)).astype(int)
+            mask = np.asarray(Image.open(Path(dataset.mask_path) / path.name))
+            save(f"{dataset.inpainted_dir}/{path.name}", truth + r * (mask == 0)[..., None])
+        evaluations = count_evaluations(jump_times(config.schedule))
+        record = Path(dataset.inpainted_dir).parent / "run.json"
+        record.write_text(json.dumps({"evaluations_per_image": evaluations}))
+
+
+def save(path: str, values: np.ndarray) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values.astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def sampler(tmp_path, monkeypatch) -> Sampler:
+    """A study of two portraits in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "NUMBER", 2)
+    sampler = Sampler()
+    monkeypatch.setattr(study, "_call", sampler)
+    return sampler
+
+
+def test_the_page_has_what_was_measured(sampler, tmp_path, capsys):
+    study.run_portraits()
+    page = (tmp_path / "log/study/study.md").read_text()
+    rows = re.findall(r"^\| +([^|]+?) +\| (\d+) +\| ([\d,]+) +\| ([\d.]+) \[", page, re.MULTILINE)
+    assert len(rows) == len(study.RESAMPLING) == 18
+    # The demo's schedule takes 25 steps, and r = 10 costs the 205 evaluations of confs/demo.yml.
+    expected = {("1", "25", "1.00"), ("5", "105", "5.00"), ("10", "205", "10.00")}
+    assert {row[1:] for row in rows} == expected
+    assert {row[0] for row in rows} == set(study.KINDS.values())
+    jumps = re.findall(r"^\| (\d+) +\| ([\d.]+) \[.*\| ([\d.]+) \[.*\| ([\d.]+) \[", page, re.M)
+    assert jumps == [(r, f"{r}.00", f"{r}.00", f"{r}.00") for r in ("5", "10", "15")]
+    for name in ("study_masks.png", "study_jumps.png"):
+        assert f"({name})" in page
+        picture = Image.open(tmp_path / "log/study" / name)
+        assert picture.width > 500 and len(picture.convert("RGB").getcolors(10**6)) > 100
+
+
+def test_every_cell_is_run_once_with_its_masks_and_jumps(sampler):
+    study.run_portraits("page.md")
+    assert Path("page.md").exists() and Path("page_masks.png").exists()
+    (script, words), *runs = sampler.commands
+    assert script == "data/make_portraits.py"
+    assert words[1:] == ["--number", "2", "--size", "64", "--seed", "1", "--start", "1000"]
+    seen = set()
+    for script, words in runs:
+        assert script == "test.py" and words[:2] == ["--conf_path", "confs/demo.yml"]
+        config = load_config(ROOT / words[1], words[3::2])
+        schedule, dataset = config.schedule, config.dataset
+        kind = Path(dataset.mask_path).name
+        seen.add((kind, schedule.jump_n_sample, schedule.jump_length))
+        assert Path(dataset.inpainted_dir).parent.name == config.name
+        folders = {dataset.inpainted_dir, dataset.gt_masked_dir, dataset.gt_dir}
+        assert {str(Path(folder).parent) for folder in folders} == {f"log/study/{config.name}"}
+    kinds = ("thick", "thin", "nn2", "ev2li", "genhalf", "ex64")
+    resampling = {(kind, r, 5) for kind in kinds for r in (1, 5, 10)}
+    assert seen == resampling | {("thick", r, j) for r in (5, 10, 15) for j in (1, 2, 5)}
+    assert len(runs) == len(seen) == 25
+
+
+def test_masks_have_the_names_of_the_portraits(sampler):
+    study.run_portraits()
+    for kind in study.KINDS:
+        names = sorted(path.name for path in Path("log/study/masks", kind).iterdir())
+        assert names == ["001000.png", "001001.png"]
+    half = np.asarray(Image.open("log/study/masks/genhalf/001000.png"))
+    assert (half[:, :32] == 255).all() and (half[:, 32:] == 0).all()
+    thick = [np.asarray(Image.open(p)) for p in Path("log/study/masks/thick").iterdir()]
+    assert (thick[0] != thick[1]).any()
+
+
+def test_a_script_that_fails_ends_the_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study.subprocess, "call", lambda command: 2)
+    with pytest.raises(UserError, match="stopped, since data/make_portraits.py did"):
+        study.run_portraits()
+    assert not list(tmp_path.rglob("*.md"))
+
+
+def test_the_page_is_markdown_and_the_study_is_asked_for_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, problem in (
+        (["--run-study", "portraits", "--out", "page.txt"], "a page in Markdown"),
+        (["--run-study", "portraits", "--gt", "x"], "alone"),
+        (["--run-study", "faces"], "portraits"),
+    ):
+        err = io.StringIO()
+        with (
+            patch.object(sys, "argv", ["evaluate.py", *words]),
+            redirect_stderr(err),
+            redirect_stdout(io.StringIO()),
+            pytest.raises(SystemExit) as exit_,
+        ):
+            runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+        assert exit_.value.code == 2 and problem in err.getvalue().splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
