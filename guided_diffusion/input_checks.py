@@ -13,7 +13,7 @@ from PIL import Image
 from guided_diffusion.config import DatasetConfig, UserError
 from guided_diffusion.image_datasets import Pair, for_each, read_mask
 from guided_diffusion.pictures import read_rgb, resize_and_crop
-from guided_diffusion.regions import find_regions, keep_of
+from guided_diffusion.regions import cut_keep, find_regions, keep_of
 
 T = TypeVar("T")
 Size = tuple[int, int]  # width, height
@@ -40,6 +40,10 @@ _WARNINGS = {
     "dim": (
         "are nowhere brighter than half of 255, so that nothing is kept as it is; if 1 means keep "
         "in your masks, multiply them by 255"
+    ),
+    "hidden": (
+        "keep no spot as large as a pixel of the network's {S}x{S}, which therefore sees nothing "
+        "of the photo; use fit: crop"
     ),
     "white": "keep everything (white all over): nothing is filled in",
     "black": "keep nothing (black all over): the whole picture is filled in",
@@ -93,6 +97,8 @@ def _inspect_photo_mask(mask: Image.Image, image_size: int) -> _Mask:
     regions = find_regions(keep, image_size)
     hole = max((region.largest_hole for region in regions), default=0)
     kind = "dim" if _kind(np.asarray(mask)) == "dim" else _kind(keep * np.uint8(255))
+    if kind == "binary" and not any(cut_keep(keep, each, image_size).any() for each in regions):
+        kind = "hidden"
     return _Mask(mask.size, kind, float(keep.mean()), len(regions), hole)
 
 

@@ -125,12 +125,17 @@ class Plan:
             f"masks from {d.mask_path}{each}, "
             f"batch size {self.batch_size}{' (auto)' * measured}",
             f"{counted(self.evaluations, 'network evaluation')} per "
-            f"{self.input_noun}, {self.total_evaluations:,} in all",
+            f"{self.input_noun}, {self.total_evaluations:,} in all{self._regions()}",
             f"seed {seed} (to repeat this run: --set seed={seed})",
             f"device {device}, {speed.describe()}",
             *self._earlier_results(),
         ]
         return "\n".join(lines)
+
+    def _regions(self) -> str:
+        if self.dataset.fit != "region":
+            return ""
+        return f" for {counted(sum(task.inputs for task in self.tasks), 'region')}"
 
     @property
     def input_noun(self) -> str:

@@ -243,6 +243,17 @@ def test_a_crop_is_one_input(tmp_path):
     assert check_pairs(pairs, DATASET, 8) == [1, 1]
 
 
+def test_patterns_too_fine_for_the_network_are_told(tmp_path):
+    pairs = [pairs_with_masks(tmp_path, [0, 255])[0]]
+    grey_mask(Path(pairs[0].mask_path), [0, 255], size=40)
+    noise(40, 40).save(pairs[0].image_path)
+    assert any(
+        "keep no spot as large as a pixel of the network's 8x8" in message
+        for message in (messages_of(pairs, dataset=REGION))
+    )
+    assert not any("no spot" in message for message in messages_of(pairs, 40, dataset=REGION))
+
+
 def test_photos_need_masks_of_their_own_size(tmp_path):
     pairs = pairs_with_masks(tmp_path, [0, 255], [0, 255])
     grey_mask(Path(pairs[1].mask_path), [0, 255], size=16)

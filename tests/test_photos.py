@@ -81,7 +81,8 @@ def test_photos_keep_their_sizes_and_their_known_pixels(whole):
 def test_the_first_regions_are_a_batch_then_the_second(whole):
     assert whole.sizes == [2] * EVALUATIONS + [1] * EVALUATIONS
     total = EVALUATIONS * REGIONS
-    assert f"5 network evaluations per region, {total} in all\n" in whole.result.out
+    line = f"5 network evaluations per region, {total} in all for 3 regions\n"
+    assert line in whole.result.out
     assert whole.record()["evaluations"] == total
 
 
@@ -115,7 +116,7 @@ def test_finished_photos_are_skipped_and_their_inputs_not_counted(whole, tmp_pat
     with evaluations() as sizes:
         result = case.run()
     assert sizes == [1] * EVALUATIONS
-    assert f"5 network evaluations per region, {EVALUATIONS} in all\n" in result.out
+    assert "5 network evaluations per region, 5 in all for 1 region\n" in result.out
     assert "2 of 3 are finished and skipped" in result.out
 
 
