@@ -22,7 +22,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     return 0
 
@@ -49,12 +49,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.out:
-        evaluation.check_out(arguments.out)
     if arguments.run_study:
         from guided_diffusion.study import run_portraits
 
         return run_portraits(arguments.out)
+    if arguments.out:
+        evaluation.check_out(arguments.out)
     if arguments.paper:
         table = paper_table.compare(arguments.paper)
     else:

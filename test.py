@@ -56,7 +56,7 @@ def run(config: Config, world: World, arguments: argparse.Namespace) -> None:
     from guided_diffusion.plan import Identity, make_plan, share_plan
     from guided_diffusion.records import Records
 
-    if arguments.preview:
+    if arguments.preview is not None:
         return world.say(preview.write_preview(config, arguments.preview))
     overwrite = arguments.overwrite and not restarted()
     device = factory.pick_device(config.device, world)

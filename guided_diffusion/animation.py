@@ -12,8 +12,9 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -23,10 +24,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from guided_diffusion import storage
+from guided_diffusion.config import UserError
 from guided_diffusion.image_datasets import to_bytes
 from guided_diffusion.pictures import encode_png, read_rgb
 
 T = TypeVar("T")
+Frame = tuple[int, Image.Image, Image.Image]  # transitions done, x_0, x_t
 
 # ---- Which pictures, and where ---------------------------------------------------------------
 
@@ -85,20 +88,25 @@ class ProcessLog:
     def finish(self, name: str) -> None:
         """Make the animations of a picture of the frames that are there; of none, nothing.
 
-        Raises UserError that names a frame that cannot be read.
+        Warns of frames that cannot be read, and does without.
         """
         pictures_at = Counter(self._frames(name).values())
         complete = sorted(position for position, count in pictures_at.items() if count == 2)
-        if not complete:
+        frames = [*self._read(name, spread(complete, WEBP_FRAMES))]
+        if not frames:
             return
-        frames = [
-            (position, *(read_rgb(self._frame(name, position, kind)) for kind in ("x0", "xt")))
-            for position in spread(complete, WEBP_FRAMES)
-        ]
         stage = Stage(self.times, self.noise_levels, frames[0][1].width)
         drawn = [stage.draw(*frame) for frame in frames]
         storage.write_atomically(self._gif(name), encode_gif(drawn))
         storage.write_atomically(self.animation(name), encode_webp(drawn))
+
+    def _read(self, name: str, positions: Sequence[int]) -> Iterator[Frame]:
+        for position in positions:
+            paths = (self._frame(name, position, kind) for kind in ("x0", "xt"))
+            try:
+                yield (position, *map(read_rgb, paths))
+            except UserError as error:
+                warnings.warn(str(error), UserWarning, stacklevel=2)
 
     def animation(self, name: str) -> str:
         """The path of a picture's animation as WebP; the GIF lies beside it."""

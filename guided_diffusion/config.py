@@ -584,6 +584,11 @@ class _File:
         key, equals, text = override.partition("=")
         if not (key and equals):
             raise UserError(f"--set {override}: accepted: KEY=VALUE, such as --set seed=5")
+        if " #" in text and text.lstrip()[:1] not in ("'", '"'):
+            raise UserError(
+                f"--set {override}: what follows ' #' is a comment in YAML; for a text with it, "
+                "put quotes inside the others: --set 'KEY=\"a #1.png\"'"
+            )
         path = tuple(key.split("."))
         for old in [old for old in self.nodes if old[: len(path)] == path]:
             del self.nodes[old], self.origins[old]
@@ -592,10 +597,14 @@ class _File:
 
     def find_dataset(self) -> str:
         """The dataset's name; '' if there is none."""
-        names = list(dict.fromkeys(p[2] for p in self.nodes if p[:2] == _DATASETS and p[2:]))
+        paths = [path for path in self.nodes if path[:2] == _DATASETS and path[2:]]
+        names = list(dict.fromkeys(path[2] for path in paths))
         if len(names) > 1:
             found = f"found {len(names)} datasets ({', '.join(names)})"
-            self.refuse_path(_DATASETS, f"{found}; accepted: exactly one; make a file for each")
+            remedy = "make a file for each"
+            if any(" with --set " in self.origins[path] for path in paths):
+                remedy = f"with --set, write data.eval.{names[0]}, as in the file"
+            self.refuse_path(_DATASETS, f"{found}; accepted: exactly one; {remedy}")
         return names[0] if names else ""
 
     def parse(self) -> Iterator[tuple[str, Any]]:

@@ -50,24 +50,23 @@ class Crop:
     image: np.ndarray  # uint8 (S, S, 3)
     mask: np.ndarray  # uint8 (S, S, 3), white = keep
     paste_known: bool = False  # known pixels come out exactly
+    views = 1
 
-    @cached_property
-    def views(self) -> list[View]:
-        """The square itself."""
-        return [View(image_to_tensor(self.image), mask_to_tensor(self.mask))]
+    def view(self, k: int = 0) -> View:
+        """The square itself, the only one."""
+        return View(image_to_tensor(self.image), mask_to_tensor(self.mask))
 
     def finish(self, results: Sequence[np.ndarray]) -> np.ndarray:
         """The picture to write. results: of each view, uint8 (S, S, 3)."""
         (result,) = results
         if not self.paste_known:
             return result
-        keep_mask = self.views[0].keep_mask
+        keep_mask = mask_to_tensor(self.mask)
         return paste_known(result[None], self.image[None], keep_mask[None])[0]
 
     def companions(self) -> Companions:
         """The square, masked and mask, of the tensors that the network sees."""
-        (view,) = self.views
-        gt, m = view.image, view.keep_mask
+        gt, m = image_to_tensor(self.image), mask_to_tensor(self.mask)
         return Companions(*to_bytes(torch.stack([gt, gt * m - (1 - m), 2 * m - 1])))
 
 
@@ -84,12 +83,14 @@ class Photo:
         """Squares that cover all holes."""
         return find_regions(self.keep, self.image_size)
 
-    @cached_property
-    def views(self) -> list[View]:
-        """The regions, scaled to the network's size; none if nothing is to be filled in."""
-        return [self._view(region) for region in self.regions]
+    @property
+    def views(self) -> int:
+        """How many there are: one a region, none if nothing is to be filled in."""
+        return len(self.regions)
 
-    def _view(self, region: Region) -> View:
+    def view(self, k: int) -> View:
+        """The k-th region, scaled to the network's size."""
+        region = self.regions[k]
         image = cut_image(self.image, self.keep, region, self.image_size)
         keep = cut_keep(self.keep, region, self.image_size)
         keep_mask = torch.from_numpy(keep).float().expand(3, -1, -1)  # (3, S, S)

@@ -18,6 +18,7 @@ from guided_diffusion.regions import cut_keep, find_regions, keep_of
 T = TypeVar("T")
 Size = tuple[int, int]  # width, height
 
+COLOUR = 16  # levels of 255 between red, green and blue, up to which a pixel is grey
 LITTLE = 0.2  # of a picture: masks that keep less are often meant the other way round
 
 
@@ -45,7 +46,15 @@ _WARNINGS = {
         "keep no spot as large as a pixel of the network's {S}x{S}, which therefore sees nothing "
         "of the photo; use fit: crop"
     ),
-    "white": "keep everything (white all over): nothing is filled in",
+    "coloured": (
+        "are in colour, so that red, green and blue are kept or filled in each on its own; if they "
+        "are photos, gt_path and mask_path may be swapped; if not, make them black and white: "
+        "python -m guided_diffusion.masks threshold"
+    ),
+    "white": (
+        "keep everything (white all over): nothing is filled in; if the hole is transparent: "
+        "python -m guided_diffusion.masks from-alpha"
+    ),
     "black": "keep nothing (black all over): the whole picture is filled in",
 }
 
@@ -63,9 +72,10 @@ def check_pairs(pairs: Sequence[Pair], dataset: DatasetConfig, image_size: int) 
     def inspect_mask(path: str) -> _Mask:
         return inspect(read_mask(path, dataset.mask_convention), image_size)
 
+    checked = list({(pair.image_path, pair.mask_path): pair for pair in pairs}.values())
     images = _inspected([pair.image_path for pair in pairs], lambda path: read_rgb(path).size)
     masks = _inspected([pair.mask_path for pair in pairs], inspect_mask)
-    for message in _messages(pairs, images, masks, dataset, image_size):
+    for message in _messages(checked, images, masks, dataset, image_size):
         warnings.warn(message, UserWarning, stacklevel=2)
     return [masks[pair.mask_path].inputs for pair in pairs]
 
@@ -89,7 +99,8 @@ def _inspected(paths: Iterable[str], inspect: Callable[[str], T]) -> dict[str, T
 
 def _inspect_mask(mask: Image.Image, image_size: int) -> _Mask:
     prepared = resize_and_crop(mask, image_size)
-    return _Mask(mask.size, _kind(prepared), float(prepared.mean()) / 255)
+    kind = "coloured" if _is_coloured(mask) else _kind(prepared)
+    return _Mask(mask.size, kind, float(prepared.mean()) / 255)
 
 
 def _inspect_photo_mask(mask: Image.Image, image_size: int) -> _Mask:
@@ -99,7 +110,15 @@ def _inspect_photo_mask(mask: Image.Image, image_size: int) -> _Mask:
     kind = "dim" if _kind(np.asarray(mask)) == "dim" else _kind(keep * np.uint8(255))
     if kind == "binary" and not any(cut_keep(keep, each, image_size).any() for each in regions):
         kind = "hidden"
+    if _is_coloured(mask):
+        kind = "coloured"
     return _Mask(mask.size, kind, float(keep.mean()), len(regions), hole)
+
+
+def _is_coloured(mask: Image.Image) -> bool:
+    """More than what JPEG does to black and white."""
+    lowest, highest = np.asarray(mask).min(axis=2), np.asarray(mask).max(axis=2)
+    return bool((highest.astype(int) - lowest).max() > COLOUR)
 
 
 def _kind(values: np.ndarray) -> str:

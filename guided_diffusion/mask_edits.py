@@ -78,6 +78,13 @@ def threshold(picture: Image.Image, at: int = 128) -> np.ndarray:
     return _mask(levels >= at)
 
 
+def invert(mask: np.ndarray) -> np.ndarray:
+    """Keep what was filled in, and fill in what was kept. Raises UserError if all was kept."""
+    if mask.min() == 255:
+        raise UserError("the mask keeps everything: nothing would be kept")
+    return 255 - mask
+
+
 def grow(mask: np.ndarray, by: int) -> np.ndarray:
     """Make the hole larger: fill in all that is at most `by` pixels from it, centre to centre.
 

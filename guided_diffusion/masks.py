@@ -61,7 +61,7 @@ def main() -> int:
     try:
         arguments = parse_arguments(sys.argv[1:])
         targets, masks = (_draw if arguments.command in KINDS else _edit)(arguments)
-        _check_free(targets, arguments.overwrite)
+        _check_free(targets, arguments.out, arguments.overwrite)
         _write(targets, masks, arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -270,7 +270,7 @@ def _edited(image: str, arguments: argparse.Namespace) -> np.ndarray:
 EDITS: dict[str, Callable[[Image.Image, argparse.Namespace], np.ndarray]] = {
     "from-alpha": lambda picture, _: mask_edits.from_alpha(picture),
     "from-colour": lambda picture, a: mask_edits.from_colour(picture, a.colour, a.tolerance),
-    "invert": lambda picture, _: 255 - mask_edits.read_mask(picture),
+    "invert": lambda picture, _: mask_edits.invert(mask_edits.read_mask(picture)),
     "grow": lambda picture, a: mask_edits.grow(mask_edits.read_mask(picture), a.by),
     "shrink": lambda picture, a: mask_edits.shrink(mask_edits.read_mask(picture), a.by),
     "threshold": lambda picture, a: mask_edits.threshold(picture, a.at),
@@ -322,13 +322,13 @@ def _check_apart(source: str, targets: list[str]) -> None:
             raise UserError(f"OUT: {target} would be written over or among {source}; change OUT")
 
 
-def _check_free(targets: list[str], overwrite: bool) -> None:
+def _check_free(targets: list[str], out: str, overwrite: bool) -> None:
     try:
         existing = [] if overwrite else [path for path in targets if storage.exists(path)]
         for folder in {os.path.dirname(path) for path in targets}:
             storage.check_writable(folder)
     except OSError as error:
-        raise _cannot_write(error) from error
+        raise _cannot_write(out, error) from error
     if existing:
         more = f" (and {len(existing) - 1} more)" if existing[1:] else ""
         raise UserError(
@@ -346,12 +346,13 @@ def _write(targets: list[str], masks: Masks, out: str) -> None:
         with ThreadPoolExecutor(WRITERS) as writers:
             list(writers.map(storage.write_atomically, targets, files))
     except OSError as error:
-        raise _cannot_write(error) from error
-    print(f"written: {out}, {len(files)} mask(s); {kept / len(files):.0%} of the pixels are kept")
+        raise _cannot_write(out, error) from error
+    number = "1 mask" if len(files) == 1 else f"{len(files):,} masks"
+    print(f"written: {out}, {number}; {kept / len(files):.1%} of the pixels are kept")
 
 
-def _cannot_write(error: OSError) -> UserError:
-    return UserError(f"OUT: cannot write {error.filename}: {error.strerror or error}")
+def _cannot_write(out: str, error: OSError) -> UserError:
+    return UserError(f"OUT: cannot write {out}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def total_evaluations(self) -> int:
-        """One for each input of the network; with fit: region, of what is still to be done."""
+        """One for each input of the network."""
         return sum(task.inputs for task in self.tasks) * self.evaluations
 
     @cached_property
@@ -313,19 +313,17 @@ def make_plan(
         done=done,
         redo=redo,
     )
-    return _checked(plan)
+    return _checked(plan, history)
 
 
-def _checked(plan: Plan) -> Plan:
+def _checked(plan: Plan, history: History) -> Plan:
     """The plan, with the inputs of the network counted. Raises UserError for what is to be done."""
-    size = 1 if plan.batch_size == "auto" else plan.batch_size
-    begun = [task for batch in replace(plan, batch_size=size).batches for task in batch]
-    pairs = [task.pair for task in begun]
+    missing = [task for task in plan.tasks if task.name not in plan.done]
+    pairs = [task.pair for task in missing]
     counts = check_pairs(pairs, plan.dataset, plan.config.network.image_size)
-    inputs = {task.name: count for task, count in zip(begun, counts, strict=True)}
-    finished = 0 if plan.dataset.fit == "region" else 1  # what they took is not known any more
-    tasks = [replace(task, inputs=inputs.get(task.name, finished)) for task in plan.tasks]
-    return replace(plan, tasks=tasks)
+    inputs = {name: history.results[name].inputs for name in plan.done}
+    inputs |= {task.name: count for task, count in zip(missing, counts, strict=True)}
+    return replace(plan, tasks=[replace(task, inputs=inputs[task.name]) for task in plan.tasks])
 
 
 def _seed(config: Config, history: History, overwrite: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ def write_preview(config: Config, out: str) -> str:
         raise UserError(f"--preview {out}: accepted: the path of a PNG, such as preview.png")
     d, size = config.dataset, config.network.image_size
     pairs = find_pairs(d.gt_path, d.mask_path, d.offset, d.max_len)
-    _check_not_input(out, pairs)
+    _check_apart(out, pairs, d)
     check_pairs(pairs, d, size)
     shown = pairs[:MOST]
     sheet = _sheet([_draw_pair(pair, d, size) for pair in shown])
@@ -40,11 +41,16 @@ def write_preview(config: Config, out: str) -> str:
     return f"written: {out} ({number}: image | mask over image | what the network will see)"
 
 
-def _check_not_input(out: str, pairs: Sequence[Pair]) -> None:
+def _check_apart(out: str, pairs: Sequence[Pair], d: DatasetConfig) -> None:
+    """Raises UserError where the preview would replace an input or a result."""
     target = os.path.realpath(out)
-    for path in {path for pair in pairs for path in (pair.image_path, pair.mask_path)}:
-        if os.path.realpath(path) == target:
-            raise UserError(f"--preview {out}: this is one of the inputs; give another path")
+    inputs = {path for pair in pairs for path in (pair.image_path, pair.mask_path)}
+    if target in map(os.path.realpath, inputs):
+        raise UserError(f"--preview {out}: this is one of the inputs; give another path")
+    folders = filter(None, (d.inpainted_dir, d.gt_masked_dir, d.gt_dir, d.keep_mask_dir))
+    for folder in map(os.path.realpath, folders):
+        if os.path.commonpath([folder, target]) == folder:
+            raise UserError(f"--preview {out}: results go to this folder; give another path")
 
 
 def _draw_pair(pair: Pair, dataset: DatasetConfig, image_size: int) -> Image.Image:
@@ -56,7 +62,7 @@ def _draw_pair(pair: Pair, dataset: DatasetConfig, image_size: int) -> Image.Ima
         squares = [(each.left, each.top, each.side) for each in example.regions]
     elif image.size != mask.size:  # each is cropped on its own, and so they meet
         image, mask = Image.fromarray(example.image), Image.fromarray(example.mask)
-    seen = [_seen(view) for view in example.views] or [np.asarray(_fitted(image))]
+    seen = [_seen(example.view(k)) for k in range(example.views)] or [np.asarray(image)]
     cells = [image, _overlaid(image, mask, squares), Image.fromarray(_tiled(seen))]
     row = Image.new("RGB", (3 * CELL + 2 * GAP, CELL + TEXT), "white")
     for column, cell in enumerate(cells):
@@ -69,22 +75,26 @@ def _draw_pair(pair: Pair, dataset: DatasetConfig, image_size: int) -> Image.Ima
 
 
 def _printable(name: str) -> str:
-    """The end of a name, in letters that Pillow's own font has."""
+    """The end of a name, in letters that Pillow's own font has: those of English."""
     name = name if len(name) <= 100 else f"...{name[-97:]}"
-    return name.encode("latin-1", "replace").decode("latin-1")
+    return unicodedata.normalize("NFKD", name).encode("ascii", "replace").decode()
 
 
 def _overlaid(
     image: Image.Image, mask: Image.Image, squares: Sequence[tuple[int, int, int]]
 ) -> Image.Image:
     """The image, in colour where it will be filled in; squares: (left, top, side) of regions."""
-    scale = min(1, CELL / max(image.size))
+    width = image.width
     image, keep = _fitted(image), _fitted(mask).convert("L")
+    scale = image.width / width
     colour = Image.blend(image, Image.new("RGB", image.size, FILL_IN), 0.6)
     overlaid = Image.composite(image, colour, keep)
     draw = ImageDraw.Draw(overlaid)
     for left, top, side in squares:
-        corners = [round(scale * x) for x in (left, top, left + side - 1, top + side - 1)]
+        starts = [max(0, round(scale * x)) for x in (left, top)]
+        ends = [round(scale * (x + side)) - 1 for x in (left, top)]
+        ends = [min(x, length - 1) for x, length in zip(ends, image.size, strict=True)]
+        corners = (*starts, *ends)
         draw.rectangle(corners, outline="white", width=3)
         draw.rectangle(corners, outline="black", width=1)
     return overlaid

@@ -58,6 +58,7 @@ class Result:
     origin: Origin
     bytes: int  # size of the file
     seconds: float
+    inputs: int = 1  # of the network
 
 
 @dataclass
@@ -81,7 +82,7 @@ class History:
         else:
             origin = Origin(**{name: line[name] for name in Origin.__annotations__})
             self.results[line["name"]] = Result(
-                run, line["digest"], origin, line["bytes"], line["seconds"]
+                run, line["digest"], origin, line["bytes"], line["seconds"], line.get("inputs", 1)
             )
 
     def differences(self, digest: str, settings: Settings) -> str:
@@ -174,6 +175,7 @@ class Records:
         """Note that a result is written. Raises OSError."""
         line = {"run": result.run, "name": name, "digest": result.digest}
         line |= asdict(result.origin) | {"bytes": result.bytes, "seconds": result.seconds}
+        line["inputs"] = result.inputs
         self._append(line)
 
     def _append(self, *lines: dict[str, Any]) -> None:
@@ -233,7 +235,7 @@ def _read_lines(path: str) -> Iterator[dict[str, Any]]:
 
 
 _TYPES = {
-    **dict.fromkeys(("run", "seed", "stream", "bytes"), int),
+    **dict.fromkeys(("run", "seed", "stream", "bytes", "inputs"), int),
     **dict.fromkeys(("name", "redo", "digest", "image", "mask"), str),
     **{"settings": dict, "flip": bool, "seconds": (int, float)},
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -113,8 +114,15 @@ def _set_aside(plan: Plan) -> None:
                 storage.move(f"{plan.dataset.inpainted_dir}/{task.name}", old)
                 for folder in companion_folders(plan.dataset):
                     storage.remove(f"{folder}/{task.pair.name}")
-                for name in task.log_names:
-                    _process_log(plan).begin(name)
+                _forget_process(_process_log(plan), task.name)
+
+
+def _forget_process(log: ProcessLog, name: str) -> None:
+    """Remove how a result was made, however many regions it had then. Raises OSError."""
+    log.begin(name)
+    regions = (region_name(name, k) for k in count())
+    for region in takewhile(lambda region: storage.exists(log.animation(region)), regions):
+        log.begin(region)
 
 
 # ---- The batches ------------------------------------------------------------------------------
@@ -246,7 +254,7 @@ def _write_report(plan: Plan, identity: Identity, seconds: dict[str, float]) -> 
             results=tuple(f"{d.inpainted_dir}/{task.name}" for task in tasks),
             seconds=tuple(seconds[task.name] for task in tasks),
             seeds=tuple(task.origin.stream for task in tasks),
-            process=_animation(plan, tasks[0].name),
+            process=_animation(plan, tasks[0]),
         )
         for name, tasks in samples.items()
     )
@@ -254,12 +262,10 @@ def _write_report(plan: Plan, identity: Identity, seconds: dict[str, float]) -> 
         write_report(plan.report_path, config.name, facts, rows)
 
 
-def _animation(plan: Plan, name: str) -> str | None:
+def _animation(plan: Plan, task: Task) -> str | None:
     """The path of a result's animation, if there is one; of a photo's first region."""
-    if not plan.config.log_every:
-        return None
-    paths = (_process_log(plan).animation(log) for log in (name, region_name(name, 0)))
-    return next((path for path in paths if _exists(path)), None)
+    path = _process_log(plan).animation(task.log_names[0])
+    return path if plan.config.log_every and _exists(path) else None
 
 
 def _exists(path: str) -> bool:

@@ -140,6 +140,8 @@ def main() -> None:
 
 
 def _draw(conf_paths: list[str], out: str) -> None:
+    if not out.lower().endswith((".png", ".pdf", ".svg")):
+        raise UserError(f"--out {out}: accepted: a PNG, PDF or SVG file, such as schedule.png")
     schedules = schedules_of(conf_paths)
     if len(schedules) == 1:
         ((name, times),) = schedules.items()

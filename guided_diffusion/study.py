@@ -10,23 +10,29 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guided_diffusion import storage
-from guided_diffusion.config import UserError
+from guided_diffusion.config import UserError, load_config
 from guided_diffusion.evaluation import Evaluation, evaluate, load_networks, markdown_table
 from guided_diffusion.mask_kinds import draw_mask, mask_rng
 from guided_diffusion.metrics.bootstrap import Estimate
+from guided_diffusion.paper_table import KINDS
 from guided_diffusion.pictures import encode_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from guided_diffusion.metrics.lpips import Lpips
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "log/study"
@@ -34,14 +40,6 @@ CONFIG = "confs/demo.yml"
 NUMBER, SIZE = 64, 64  # portraits, and their side
 SEED, FIRST = 1, 1000  # of data/make_portraits.py: the training portraits have seed 0
 BATCH = 16
-KINDS = {
-    "thick": "Wide",
-    "thin": "Narrow",
-    "nn2": "Super-resolve 2×",
-    "ev2li": "Alternating lines",
-    "genhalf": "Half",
-    "ex64": "Expand",
-}
 FIGURES = {  # column of the evaluation -> its head, decimal places
     "hole_l1": ("L1 (of 255)", 2),
     "hole_psnr": ("PSNR (dB)", 2),
@@ -66,6 +64,7 @@ class Cell:
 
 RESAMPLING = [Cell(kind, r) for kind in KINDS for r in (1, 5, 10)]
 JUMPS = [Cell("thick", r, j) for j in (1, 2, 5) for r in (5, 10, 15)]
+CELLS = list(dict.fromkeys(RESAMPLING + JUMPS))
 
 
 def run_portraits(out: str | None = None) -> None:
@@ -74,19 +73,33 @@ def run_portraits(out: str | None = None) -> None:
     out: the page, Markdown; None: log/study/study.md. Raises UserError.
     """
     out = out or f"{FOLDER}/study.md"
-    if not out.endswith(".md"):
-        raise UserError(f"--out {out}: accepted for a study: a page in Markdown, such as study.md")
+    _check_out(out)
     stem = out.removesuffix(".md")
     plots = {"masks": f"{stem}_masks.png", "jumps": f"{stem}_jumps.png"}
     _import_figure()  # fails now or not at all
+    load_config(CONFIG)  # likewise, outside the repository's folder
     networks = load_networks()
     _inpaint()
-    cells = dict.fromkeys(RESAMPLING + JUMPS)
-    study = Study({cell: _measure(cell, networks) for cell in cells})
+    study = Study({cell: _measure(cell, networks) for cell in CELLS})
     _write(plots["masks"], study.plot_masks())
     _write(plots["jumps"], study.plot_jumps())
-    _write(out, study.page({kind: Path(path).name for kind, path in plots.items()}).encode())
+    names = {kind: Path(path).name for kind, path in plots.items()}
+    _write(out, study.page(out, names).encode())
     print(f"written: {out}, {plots['masks']} and {plots['jumps']}")
+
+
+def _check_out(out: str) -> None:
+    """Raises UserError for what is no page, or a page of somebody else's."""
+    if not out.endswith(".md"):
+        raise UserError(f"--out {out}: accepted for a study: a page in Markdown, such as study.md")
+    try:
+        storage.check_writable(os.path.dirname(out) or ".")
+        there = Path(out).read_text(encoding="utf-8") if storage.exists(out) else _PAGE
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out}: cannot be written: {reason}") from error
+    if there.partition("\n")[0] != _PAGE.partition("\n")[0]:
+        raise UserError(f"--out {out}: this is another page; give another path")
 
 
 # ---- Results ----------------------------------------------------------------------------------
@@ -100,9 +113,8 @@ def _inpaint() -> None:
         for i in range(NUMBER):
             mask = draw_mask(kind, (SIZE, SIZE), mask_rng(SEED, i))
             _write(f"{FOLDER}/masks/{kind}/{FIRST + i:06}.png", encode_png(mask))
-    cells = list(dict.fromkeys(RESAMPLING + JUMPS))
-    for number, cell in enumerate(cells, start=1):
-        print(f"\n[{number} of {len(cells)}] {KINDS[cell.kind]}, r = {cell.r}, j = {cell.j}")
+    for number, cell in enumerate(CELLS, start=1):
+        print(f"\n[{number} of {len(CELLS)}] {KINDS[cell.kind]}, r = {cell.r}, j = {cell.j}")
         settings = [word for setting in _settings(cell) for word in ("--set", setting)]
         _call("test.py", "--conf_path", CONFIG, *settings)
 
@@ -126,8 +138,11 @@ def _settings(cell: Cell) -> Iterator[str]:
 def _call(script: str, *arguments: object) -> None:
     """Run a script of the repository, as a user does. Raises UserError; it has said why."""
     sys.stdout.flush()
-    status = subprocess.call([sys.executable, str(ROOT / script), *map(str, arguments)])
-    if status:
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)])
+    while process.returncode is None:
+        with suppress(KeyboardInterrupt):  # the script gets it too, and saves what it is at
+            process.wait()
+    if process.returncode:
         raise UserError(f"the study stopped, since {script} did, see above; to go on, run it again")
 
 
@@ -146,7 +161,7 @@ class Measured:
     figures: dict[str, Estimate]  # column -> mean and interval
 
 
-def _measure(cell: Cell, networks: Sequence) -> Measured:
+def _measure(cell: Cell, networks: Sequence[Lpips]) -> Measured:
     record = json.loads(Path(f"{cell.folder}/run.json").read_text(encoding="utf-8"))
     evaluation: Evaluation = evaluate(
         f"{cell.folder}/inpainted", f"{FOLDER}/gts", f"{FOLDER}/masks/{cell.kind}", networks
@@ -158,7 +173,7 @@ def _measure(cell: Cell, networks: Sequence) -> Measured:
 
 _PAGE = """# Masks and resampling, on portraits
 
-Made by `python evaluate.py --run-study portraits --out docs/study.md`.
+Made by `python evaluate.py --run-study portraits --out {out}`.
 
 The model of the demo fills in {number} drawn portraits of {size}x{size} pixels that it never saw,
 in 25 steps. r is `jump_n_sample`, j is `jump_length`; r = 1 does not resample. All figures are
@@ -192,9 +207,10 @@ class Study:
         first = next(iter(self.cells.values()))
         return [column for column in FIGURES if column in first.figures]
 
-    def page(self, plots: dict[str, str]) -> str:
-        """Markdown. plots: names of the files."""
+    def page(self, out: str, plots: dict[str, str]) -> str:
+        """Markdown. out: where it goes. plots: names of the files."""
         return _PAGE.format(
+            out=out,
             number=NUMBER,
             size=SIZE,
             masks=markdown_table(list(self._mask_rows())),
@@ -232,7 +248,9 @@ class Study:
         lines = {f"j = {j}": [cell for cell in JUMPS if cell.j == j] for j in lengths}
         return self._plot(lines, "r (jump_n_sample)", lambda cell: cell.r)
 
-    def _plot(self, lines: dict[str, list[Cell]], xlabel: str, x_of) -> bytes:
+    def _plot(
+        self, lines: dict[str, list[Cell]], xlabel: str, x_of: Callable[[Cell], int]
+    ) -> bytes:
         figure = _import_figure()(figsize=(7, 4.5), layout="constrained")
         axes: Axes = figure.add_subplot()
         for label, cells in lines.items():
@@ -248,7 +266,7 @@ class Study:
         return picture.getvalue()
 
 
-def _import_figure():
+def _import_figure() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

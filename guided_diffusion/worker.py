@@ -17,7 +17,7 @@ from guided_diffusion.animation import ProcessLog
 from guided_diffusion.config import DatasetConfig, UserError
 from guided_diffusion.denoiser import NonFiniteError
 from guided_diffusion.dist_util import Team
-from guided_diffusion.examples import Crop, Photo, View, load_example
+from guided_diffusion.examples import Crop, Photo, load_example
 from guided_diffusion.image_datasets import to_bytes
 from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.interrupts import Interrupted, StopSignals
@@ -84,9 +84,9 @@ class Worker:
             return False  # and nothing refers any more to what the attempt has made
         seconds = round((time.monotonic() - started) / len(part), 3)
         for task, example, result in zip(part, examples, results, strict=True):
+            self._animate(task)  # first, for what is recorded is never looked at again
             if task.name not in self.plan.done:
                 self._write(task, example, result, seconds)
-            self._animate(task)
         for path in self._state_paths(part, examples):
             with writing(path):
                 storage.remove(path)
@@ -99,7 +99,7 @@ class Worker:
         """
         results = [[] for _ in part]
         for k, path in enumerate(self._state_paths(part, examples)):
-            chosen = [i for i, example in enumerate(examples) if k < len(example.views)]
+            chosen = [i for i, example in enumerate(examples) if k < example.views]
             inputs = [_Input(part[i], examples[i], k) for i in chosen]
             for i, result in zip(chosen, self._inpaint(inputs, path), strict=True):
                 results[i].append(result)
@@ -110,7 +110,7 @@ class Worker:
     def _state_paths(self, part: Sequence[Task], examples: Sequence[Crop | Photo]) -> list[str]:
         """Where the sampler's states go for the first views of a batch, the second, and so on."""
         origins = [task.origin for task in part]
-        views = max(len(example.views) for example in examples)
+        views = max(example.views for example in examples)
         parts = [(k,) if k else () for k in range(views)]
         return [self.records.state_path(self.plan.digest, origins, *which) for which in parts]
 
@@ -122,10 +122,11 @@ class Worker:
             self._begin_log(inputs)
         else:
             self.report.skip(self.inpainter.evaluations_before(start))
+        views = [each.example.view(each.k) for each in inputs]
         try:
             x = self.inpainter.sample(
-                torch.stack([each.view.image for each in inputs]),
-                torch.stack([each.view.keep_mask for each in inputs]),
+                torch.stack([view.image for view in views]),
+                torch.stack([view.keep_mask for view in views]),
                 [each.stream for each in inputs],
                 start=start,
                 after_evaluation=self._after_evaluation(inputs, state_path),
@@ -137,22 +138,25 @@ class Worker:
     def _after_evaluation(
         self, inputs: Sequence[_Input], state_path: str
     ) -> Callable[[Evaluation], None]:
-        """What to do after each: show it, count it, and save the state in time and at the end."""
+        """What to do after each: show it, count it, and save the state in time.
+
+        At the end too, where something else comes before the result is written.
+        """
         every = self.plan.config.checkpoint_every
-        end = len(self.inpainter.times) - 1
-        others = any(len(each.example.views) > 1 for each in inputs)  # to be sampled after these
+        more = self.log or any(each.example.views > 1 for each in inputs)
+        end = len(self.inpainter.times) - 1 if more else None
         saved = time.monotonic()
 
         def after_evaluation(evaluation: Evaluation) -> None:
             nonlocal saved
-            self._show(inputs, evaluation)
             try:
+                self._show(inputs, evaluation)
                 self.report.evaluation_done(evaluation.pred_x0)
                 self.stop.check()
             except (Interrupted, UserError):
                 _save_state(state_path, evaluation.state())
                 raise
-            if (others and evaluation.position == end) or time.monotonic() - saved >= every:
+            if evaluation.position == end or time.monotonic() - saved >= every:
                 _save_state(state_path, evaluation.state())
                 saved = time.monotonic()
 
@@ -163,7 +167,7 @@ class Worker:
         if task.is_first_sample:
             write_companions(d, task.pair.name, example)
         write(f"{d.inpainted_dir}/{task.name}", png)
-        line = Result(self.plan.run, self.plan.digest, task.origin, len(png), seconds)
+        line = Result(self.plan.run, self.plan.digest, task.origin, len(png), seconds, task.inputs)
         with writing(self.records.path):
             self.records.finished(task.name, line)
 
@@ -227,10 +231,6 @@ class _Input:
     task: Task
     example: Crop | Photo
     k: int  # which of the picture's views
-
-    @property
-    def view(self) -> View:
-        return self.example.views[self.k]
 
     @property
     def stream(self) -> int:

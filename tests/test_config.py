@@ -254,6 +254,20 @@ def test_drop_last_needs_a_batch_size_that_is_known_beforehand(write):
         load_config(write(USERS_FILE), overrides)
 
 
+def test_a_dataset_of_another_name_on_the_command_line_is_explained(write):
+    with pytest.raises(UserError, match=r"\(faces, NAME\).*with --set, write data.eval.faces, as"):
+        load_config(write(USERS_FILE), ["data.eval.NAME.fit=region"])
+
+
+@pytest.mark.parametrize("text", ["a #1.png", "photos #2/x"])
+def test_what_yaml_takes_for_a_comment_is_not_lost(write, text):
+    with pytest.raises(UserError, match="what follows ' #' is a comment in YAML"):
+        load_config(write(USERS_FILE), [f"data.eval.faces.gt_path={text}"])
+    config = load_config(write(USERS_FILE), [f'data.eval.faces.gt_path="{text}"'])
+    assert config.dataset.gt_path == text
+    assert load_config(write(USERS_FILE), ["model_path=a#1.pt"]).model_path == "a#1.pt"
+
+
 def test_whole_photos_are_not_mirrored(write):
     assert load_config(write(USERS_FILE), ["data.eval.faces.fit=region"]).dataset.fit == "region"
     overrides = ["data.eval.faces.fit=region", "data.eval.faces.random_flip=true"]

@@ -590,4 +590,4 @@ def test_interrupted(two, monkeypatch):
 
     monkeypatch.setattr("guided_diffusion.metrics.distortion.l1", interrupt)
     ran = two.measure()
-    assert (ran.status, ran.out) == (130, "") and ran.err.endswith("stopped; nothing was written\n")
+    assert (ran.status, ran.out) == (130, "") and ran.err.endswith("\nstopped\n")

@@ -8,8 +8,8 @@
 | 2 | masks, regions, report |
 | 3 | inpainter, examples, input_checks, animation, metrics/*, training/* |
 | 4 | plan, preview, factory, evaluation |
-| 5 | worker, paper_table, study, benchmarking, scaling; the package's own front (`__init__`) |
-| 6 | runner |
+| 5 | worker, paper_table, benchmarking, scaling; the package's own front (`__init__`) |
+| 6 | runner, study |
 | 7 | the entry scripts: test.py, train.py, benchmark.py, evaluate.py |
 | 8 | data/*.py, scripts that use the package as its users do |
 
@@ -35,8 +35,8 @@ FLOORS = (
     + ("regions", "masks", "report"),
     ("inpainter", "examples", "input_checks", "animation", "metrics.*", "training.*"),
     ("plan", "preview", "factory", "evaluation"),
-    ("worker", "paper_table", "study", "benchmarking", "scaling", "__init__"),
-    ("runner",),
+    ("worker", "paper_table", "benchmarking", "scaling", "__init__"),
+    ("runner", "study"),
     ("test.py", "train.py", "benchmark.py", "evaluate.py"),
     ("data/*.py",),
 )

@@ -133,6 +133,24 @@ def test_the_first_bad_file_is_named_and_the_others_counted(tmp_path):
     assert "No such file" in message and "more" not in message
 
 
+def test_masks_in_colour_are_told(tmp_path):
+    (pair,) = pairs_with_masks(tmp_path, [0, 255])
+    pixels = np.full((8, 8, 3), 255, np.uint8)
+    pixels[:3] = (245, 255, 250)  # nearly white, as JPEG makes it
+    for first_row, told in (((245, 255, 250), False), ((255, 0, 0), True)):
+        pixels[:3] = first_row
+        Image.fromarray(pixels).save(pair.mask_path)
+        for dataset in (DATASET, REGION):
+            messages = messages_of([pair], dataset=dataset)
+            assert any("in colour" in m and "may be swapped" in m for m in messages) == told
+
+
+def test_samples_of_an_image_are_one_image(tmp_path):
+    pair = photo_pair(tmp_path, (200, 100), (150, 20, 190, 70))
+    with pytest.warns(UserWarning, match="1 of 1 photos have holes"):
+        assert check_pairs([pair, pair, pair], REGION, 32) == [1, 1, 1]
+
+
 # ---- What white means in a mask ----
 
 
@@ -143,6 +161,23 @@ def test_masks_that_keep_little_are_asked_about(tmp_path):
     assert message.endswith("white (255) means fill in in your masks, set mask_convention: fill")
     assert messages_of(pairs[1:]) == []  # half of them is not most
     assert messages_of(pairs, dataset=FILL) == []
+
+
+def test_little_is_less_than_a_fifth_and_grey_masks_are_asked_about_too(tmp_path):
+    fifth, grey = [255, 0, 0, 0, 0], [250] + [0] * 9
+    (pair,) = pairs_with_masks(tmp_path, fifth)
+    noise(10, 10).save(pair.image_path)
+    grey_mask(Path(pair.mask_path), fifth, size=10)
+    assert messages_of([pair], 10) == []
+    grey_mask(Path(pair.mask_path), grey, size=10)
+    assert any("keep less than a fifth" in message for message in messages_of([pair], 10))
+
+
+def test_a_photo_keeps_what_is_as_bright_as_half(tmp_path):
+    """The mean of this mask is bright, but an eighth of its pixels are kept."""
+    (pair,) = pairs_with_masks(tmp_path, [100] * 7 + [250])
+    (message,) = messages_of([pair], dataset=REGION)
+    assert "keep less than a fifth" in message
 
 
 def test_the_question_about_little_kept_goes_the_other_way_round_too(tmp_path):
@@ -165,9 +200,9 @@ def test_a_mask_whose_white_means_fill_in_is_the_inverse_of_one_whose_white_mean
     keep, fill = pairs_with_masks(tmp_path, levels, [255 - level for level in levels])
     ours = load_example(keep, replace(DATASET, fit=fit), 8)
     theirs = load_example(fill, replace(FILL, fit=fit), 8)
-    assert torch.equal(ours.views[0].keep_mask, theirs.views[0].keep_mask)
+    assert torch.equal(ours.view(0).keep_mask, theirs.view(0).keep_mask)
     expected = torch.tensor(levels).expand(3, 8, 8) / 255
-    assert torch.equal(ours.views[0].keep_mask, expected)
+    assert torch.equal(ours.view(0).keep_mask, expected)
 
 
 # ---- The centre square ----
@@ -176,8 +211,8 @@ def test_a_mask_whose_white_means_fill_in_is_the_inverse_of_one_whose_white_mean
 def test_flip_mirrors_image_and_mask_together(tmp_path):
     pair = pairs_with_masks(tmp_path, [0, 0, 255])[0]
     plain, flipped = (load_example(pair, DATASET, 8, flip=flip) for flip in (False, True))
-    assert torch.equal(flipped.views[0].image, plain.views[0].image.flip(-1))
-    assert torch.equal(flipped.views[0].keep_mask, plain.views[0].keep_mask.flip(-1))
+    assert torch.equal(flipped.view().image, plain.view().image.flip(-1))
+    assert torch.equal(flipped.view().keep_mask, plain.view().keep_mask.flip(-1))
     np.testing.assert_array_equal(flipped.companions().gt, plain.companions().gt[:, ::-1])
     np.testing.assert_array_equal(plain.image, np.asarray(noise(8, 8)))
 
@@ -190,7 +225,7 @@ def test_a_crop_is_what_the_sampler_made_unless_known_pixels_are_pasted(tmp_path
     finished, original = pasted.finish([result]), np.asarray(noise(8, 8))
     np.testing.assert_array_equal(finished[:, ::2], result[:, ::2])
     np.testing.assert_array_equal(finished[:, 1::2], original[:, 1::2])
-    assert isinstance(plain, Crop) and len(plain.views) == 1
+    assert isinstance(plain, Crop) and plain.views == 1
 
 
 # ---- Whole photos ----
@@ -209,9 +244,9 @@ def photo_pair(tmp_path: Path, size: tuple[int, int], *holes: tuple[int, int, in
 def test_a_photo_keeps_its_size_and_its_known_pixels(tmp_path):
     pair = photo_pair(tmp_path, (101, 67), (3, 5, 7, 9), (80, 40, 90, 60))
     photo = load_example(pair, REGION, 16)
-    assert isinstance(photo, Photo) and len(photo.views) == 2
-    assert {view.image.shape for view in photo.views} == {(3, 16, 16)}
-    assert {view.keep_mask.shape for view in photo.views} == {(3, 16, 16)}
+    assert isinstance(photo, Photo) and photo.views == 2
+    for view in map(photo.view, range(2)):
+        assert view.image.shape == view.keep_mask.shape == (3, 16, 16)
     finished = photo.finish([np.full((16, 16, 3), level, np.uint8) for level in (0, 255)])
     original = np.asarray(noise(101, 67))
     changed = (finished != original).any(axis=2)
@@ -225,7 +260,7 @@ def test_a_photo_keeps_its_size_and_its_known_pixels(tmp_path):
 
 def test_a_photo_without_a_hole_stays_as_it_is(tmp_path):
     photo = load_example(photo_pair(tmp_path, (20, 30)), REGION, 16)
-    assert photo.views == []
+    assert photo.views == 0
     np.testing.assert_array_equal(photo.finish([]), np.asarray(noise(20, 30)))
 
 

@@ -343,7 +343,7 @@ def test_numbered_masks_in_a_folder(command):
     status, out, errors = command(
         "thick", "out/deep", "--number", 3, "--seed", 5, "--size", "40x32"
     )
-    assert (status, errors) == (0, "") and out.startswith("written: out/deep, 3 mask(s); ")
+    assert (status, errors) == (0, "") and out.startswith("written: out/deep, 3 masks; ")
     assert names("out/deep") == ["000000.png", "000001.png", "000002.png"]
     for index in range(3):
         expected = draw_mask("thick", (40, 32), mask_rng(5, index))
@@ -353,7 +353,7 @@ def test_numbered_masks_in_a_folder(command):
 def test_one_mask_in_a_file_and_the_share_that_it_keeps(command):
     status, out, _ = command("ex64", "mask.png")
     assert (status, names()) == (0, ["mask.png"])
-    assert out == "written: mask.png, 1 mask(s); 6% of the pixels are kept\n"
+    assert out == "written: mask.png, 1 mask; 6.2% of the pixels are kept\n"
     assert (read("mask.png") == drawn("ex64")).all()
 
 
@@ -528,5 +528,5 @@ def test_a_full_disk_is_named(command, monkeypatch):
     status, _, errors = command("box", "out")
     assert (status, errors) == (
         2,
-        "error: OUT: cannot write out/000000.png: No space left on device\n",
+        "error: OUT: cannot write out: No space left on device\n",
     )

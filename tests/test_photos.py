@@ -1,17 +1,23 @@
 """Whole photos (`fit: region`), the process (`log_every`) and the report, in runs of `test.py`."""
 
+import errno
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import assert_equal, evaluations, one_thread, outputs, small_case
+from small_runs import assert_equal, assert_refused, evaluations, one_thread, outputs, small_case
 from test_command import EVALUATIONS, Case, assert_same
 from test_image_datasets import noise
 
+from guided_diffusion import worker
+from guided_diffusion.animation import ProcessLog
+from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.plan import stream_of_view
 
 HOLES = {  # name -> boxes (left, top, right, bottom)
@@ -92,6 +98,21 @@ def test_each_region_has_random_numbers_of_its_own(tmp_path):
     Image.new("RGB", (101, 67), "grey").save(tmp_path / "gts" / "a.png")
     first, second = (case.finish()["a.png"][y : y + 9, x : x + 9] for x, y in ((10, 12), (90, 50)))
     assert (first != second).mean() > 0.5
+
+
+def test_no_two_regions_of_any_photos_share_random_numbers(tmp_path):
+    case = photo_case(tmp_path, batch_size=3)
+    seeds = []
+    sample = Inpainter.sample
+
+    def noted(inpainter, gt, keep_mask, streams, **options):
+        seeds.extend(streams)
+        return sample(inpainter, gt, keep_mask, streams, **options)
+
+    with patch.object(Inpainter, "sample", noted):
+        case.finish()
+    seed = case.config["seed"]
+    assert seeds[:2] == [seed, seed + 2] and len(set(seeds)) == REGIONS  # a and c, then a again
     streams = [stream_of_view(stream, k) for stream in (5, 6, 2**62 + 2**52) for k in range(50)]
     assert len(set(streams)) == 150 and max(streams) < 2**63
     assert [stream_of_view(stream, 0) for stream in (5, 2**40)] == [5, 2**40]
@@ -109,15 +130,32 @@ def test_a_stopped_photo_goes_on_in_the_region_where_it_was(whole, tmp_path, at)
     assert process_files(case) == process_files(whole)
 
 
-def test_finished_photos_are_skipped_and_their_inputs_not_counted(whole, tmp_path):
+def test_finished_photos_are_skipped_and_their_regions_are_remembered(tmp_path):
     case = photo_case(tmp_path)
     case.finish()
     (case.out / "inpainted" / "c.png").unlink()
     with evaluations() as sizes:
         result = case.run()
     assert sizes == [1] * EVALUATIONS
-    assert "5 network evaluations per region, 5 in all for 1 region\n" in result.out
+    assert "5 network evaluations per region, 15 in all for 3 regions\n" in result.out
     assert "2 of 3 are finished and skipped" in result.out
+    told = case.record()["evaluations"]
+    case.run()
+    assert case.record()["evaluations"] == told == EVALUATIONS * REGIONS
+
+
+def test_the_bar_ends_at_its_total(tmp_path):
+    case = photo_case(tmp_path, batch_size=3, show_progress=True)
+    bar = case.run().err.split("\r")[-1]
+    assert re.match(r"image 1-3 of 3: 100%\|.*\| 15/15 \[", bar), bar
+
+
+def test_a_state_is_saved_in_time_and_where_more_is_to_come(tmp_path):
+    with patch.object(worker, "save_state") as save:
+        small_case(tmp_path / "crop", 2).finish()
+        assert save.call_count == 0
+        photo_case(tmp_path / "photos", batch_size=3).finish()
+        assert save.call_count == 2  # after the first regions, and after the second
 
 
 def test_samples_of_a_photo_differ(tmp_path):
@@ -153,6 +191,54 @@ def test_the_process_changes_no_result(tmp_path):
     assert_same(shown.finish(), plain.finish())
     last = Image.open(shown.out / "process" / "000000" / "000007_xt.png")
     np.testing.assert_array_equal(np.asarray(last), shown.written()["000000.png"])
+
+
+def fill_up(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_stopped_animation_is_made_by_the_next_run(tmp_path):
+    """What is recorded as finished is never looked at again, so the animation comes first."""
+    case = small_case(tmp_path, 2, log_every=1)
+    with patch.object(ProcessLog, "finish", fill_up):
+        assert "No space left on device" in assert_refused(case.run())
+    assert not (case.out / "inpainted").exists()
+    with evaluations() as sizes:
+        case.finish()
+    assert len(sizes) == EVALUATIONS  # of the second image; the first was all but written
+    assert len(list((case.out / "process").glob("*.webp"))) == 2
+
+
+def test_a_frame_that_cannot_be_written_costs_no_evaluation(tmp_path):
+    case = small_case(tmp_path, 1, log_every=1)
+    calls = iter([lambda *_: None, lambda *_: None, fill_up])
+    with patch.object(ProcessLog, "write", lambda *arguments: next(calls)(*arguments)):
+        assert_refused(case.run())
+    with evaluations() as sizes:
+        case.finish()
+    assert len(sizes) == EVALUATIONS - 3
+
+
+def test_what_was_shown_of_earlier_results_goes_with_them(tmp_path):
+    case = photo_case(tmp_path, log_every=2)
+    case.finish()
+    mask = Image.new("L", SIZES["a.png"], 255)
+    mask.paste(0, HOLES["a.png"][0])
+    mask.save(tmp_path / "masks" / "a.png")
+    case.finish("--set", "log_every=3")
+    shown = {path for path in process_files(case) if path.startswith("process/a")}
+    frames = {f"process/a/{n:06}_{kind}.png" for n in (3, 6, 7) for kind in ("x0", "xt")}
+    assert shown == frames | {"process/a.gif", "process/a.webp"}
+    assert '"process/a.webp"' in (case.out / "report.html").read_text()
+
+
+def test_a_picture_that_starts_afresh_is_shown_afresh(tmp_path):
+    case = small_case(tmp_path, 1, log_every=1)
+    case.finish()
+    (case.out / "inpainted" / "000000.png").unlink()
+    case.finish("--set", "log_every=3")
+    names = {path.name for path in (case.out / "process" / "000000").iterdir()}
+    assert {name[:6] for name in names} == {"000003", "000006", "000007"}
 
 
 # ---- The report -------------------------------------------------------------------------------

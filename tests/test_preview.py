@@ -93,6 +93,40 @@ def test_a_mask_of_another_size_is_drawn_as_the_network_gets_it(case):
     assert cell(sheet, 1)[:, : CELL // 2, 0].min() > 100
 
 
+@pytest.mark.parametrize(("width", "height"), [(100, 80), (1000, 500)])
+def test_squares_lie_where_their_holes_are(case, width, height):
+    Image.new("RGB", (width, height), "blue").save(case.folder / "gts" / "000000.png")
+    mask = Image.new("L", (width, height), 255)
+    mask.paste(0, (70, 40, 80, 50))
+    mask.save(case.folder / "masks" / "000000.png")
+    case.dataset["fit"] = "region"
+    overlaid = cell(drawn(case), 1)
+    times = CELL // width if width < CELL else CELL / width
+    top, left = (CELL - round(height * times)) // 2, (CELL - round(width * times)) // 2
+    rows, columns = np.nonzero((overlaid == 0).all(axis=2))
+    assert abs(rows.max() - rows.min() - SIZE * times) <= 3
+    centre = (rows.max() + rows.min()) / 2 - top, (columns.max() + columns.min()) / 2 - left
+    assert np.abs(np.array(centre) - [45 * times, 75 * times]).max() <= 3
+
+
+def test_a_photo_without_a_hole_is_what_the_network_would_see(case):
+    Image.new("L", (SIZE, SIZE), 255).save(case.folder / "masks" / "000000.png")
+    case.dataset["fit"] = "region"
+    assert (cell(drawn(case), 2) == [0, 0, 255]).all()
+
+
+def test_pairs_go_down_the_columns(tmp_path):
+    case = Case(tmp_path, images=4)
+    for i, colour in enumerate(("red", "lime", "blue", "yellow")):
+        Image.new("RGB", (SIZE, SIZE), colour).save(tmp_path / "gts" / f"{i:06}.png")
+    with patch.object(preview, "TEXT", 2 * CELL):  # as high as three cells are wide
+        sheet = Image.fromarray(drawn(case))
+    places = [(x, y) for x in (20, sheet.width // 2 + 20) for y in (20, sheet.height // 2 + 20)]
+    red, lime, blue, yellow = (sheet.getpixel(place) for place in places)
+    assert (red, lime) == ((255, 0, 0), (0, 255, 0))
+    assert (blue, yellow) == ((0, 0, 255), (255, 255, 0))
+
+
 def test_many_pairs_are_shown_in_part(tmp_path):
     case = Case(tmp_path, images=3)
     with patch.object(preview, "MOST", 2):
@@ -123,11 +157,39 @@ def test_a_preview_does_not_overwrite_an_input(case, kind):
     assert case.tree() == before
 
 
+@pytest.mark.parametrize("kind", ["inpainted", "gt", "gt_masked", "gt_keep_mask"])
+def test_a_preview_does_not_go_among_results(case, kind):
+    line = assert_refused(case.run("--preview", str(case.out / kind / "sub" / "p.png")))
+    assert "results go to this folder" in line and not case.out.exists()
+
+
+def test_an_empty_path_does_not_start_a_run(case):
+    with patch.object(factory, "build_inpainter", pytest.fail):
+        assert "accepted: the path of a PNG" in assert_refused(case.run("--preview", ""))
+
+
+def test_a_square_beyond_the_photo_is_drawn_along_its_edge(case):
+    size = (CELL, SIZE // 2)
+    Image.new("RGB", size, "blue").save(case.folder / "gts" / "000000.png")
+    mask = Image.new("L", size, 255)
+    mask.paste(0, (100, 2, 110, 8))
+    mask.save(case.folder / "masks" / "000000.png")
+    case.dataset["fit"] = "region"
+    rows, columns = np.nonzero((cell(drawn(case), 1) == 0).all(axis=2))
+    assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (SIZE // 2, SIZE)
+
+
 def test_a_preview_that_cannot_be_written_is_told(case):
     path = case.folder / "file"
     path.write_text("in the way")
     line = assert_refused(case.run("--preview", str(path / "p.png")))
     assert line.startswith(f"error: cannot write {path}/p.png: ")
+
+
+def test_what_a_run_would_warn_of_a_preview_warns_of(case):
+    Image.new("L", (SIZE, SIZE), 0).save(case.folder / "masks" / "000000.png")
+    (line,) = case.run("--preview", str(case.folder / "p.png")).lines("warning")
+    assert "keep nothing" in line
 
 
 def test_what_a_run_would_refuse_a_preview_refuses(case):

@@ -75,7 +75,7 @@ def test_the_lines_are_as_documented(ranks, folder):
         {"run": 2, "name": "x.png", "redo": "the image changed"},
         {
             **{"run": 2, "name": "x.png", "digest": DIGEST, "stream": 7, "flip": False},
-            **{"image": "1f", "mask": "2e", "bytes": 100, "seconds": 1.5},
+            **{"image": "1f", "mask": "2e", "bytes": 100, "seconds": 1.5, "inputs": 1},
         },
     ]
 

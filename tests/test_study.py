@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import runpy
+import signal
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from test_command import ROOT
 
@@ -54,6 +58,7 @@ def save(path: str, values: np.ndarray) -> None:
 def sampler(tmp_path, monkeypatch) -> Sampler:
     """A study of two portraits in a folder of its own."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "confs").symlink_to(ROOT / "confs")
     monkeypatch.setattr(study, "NUMBER", 2)
     sampler = Sampler()
     monkeypatch.setattr(study, "_call", sampler)
@@ -112,7 +117,9 @@ def test_masks_have_the_names_of_the_portraits(sampler):
 
 def test_a_script_that_fails_ends_the_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study.subprocess, "call", lambda command: 2)
+    (tmp_path / "confs").symlink_to(ROOT / "confs")
+    (tmp_path / "data").write_text("in the way")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
     with pytest.raises(UserError, match="stopped, since data/make_portraits.py did"):
         study.run_portraits()
     assert not list(tmp_path.rglob("*.md"))
@@ -122,6 +129,8 @@ def test_the_page_is_markdown_and_the_study_is_asked_for_alone(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for words, problem in (
         (["--run-study", "portraits", "--out", "page.txt"], "a page in Markdown"),
+        (["--run-study", "portraits", "--out", str(ROOT / "README.md")], "this is another page"),
+        (["--run-study", "portraits", "--out", str(ROOT / "README.md/x.md")], "Not a directory"),
         (["--run-study", "portraits", "--gt", "x"], "alone"),
         (["--run-study", "faces"], "portraits"),
     ):
@@ -135,3 +144,46 @@ def test_the_page_is_markdown_and_the_study_is_asked_for_alone(tmp_path, monkeyp
             runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
         assert exit_.value.code == 2 and problem in err.getvalue().splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_study_needs_is_looked_for_first(sampler, tmp_path):
+    without = patch.dict(sys.modules, {"matplotlib.figure": None})
+    with without, pytest.raises(UserError, match="pip install -r requirements-eval.txt"):
+        study.run_portraits()
+    (tmp_path / "confs").unlink()
+    with pytest.raises(UserError, match="confs/demo.yml: cannot read"):
+        study.run_portraits()
+    assert sampler.commands == [] and list(tmp_path.iterdir()) == []
+
+
+def test_the_plot_of_jumps_is_over_r(sampler):
+    draw = Axes.errorbar
+    with patch.object(Axes, "errorbar", autospec=True, side_effect=draw) as plot:
+        study.run_portraits()
+    xs = [call.args[1] for call in plot.call_args_list]
+    assert xs == [[25, 105, 205]] * 6 + [[5, 10, 15]] * 3
+
+
+def test_ctrl_c_is_left_to_the_script_that_runs(tmp_path, monkeypatch):
+    """It saves its state first, which takes longer than Python would wait for it."""
+    script = (
+        "import signal, time; signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), exit(7)))"
+    )
+    (tmp_path / "slow.py").write_text(f"{script}; print('ready', flush=True); time.sleep(60)")
+    program = (
+        f"from pathlib import Path; from guided_diffusion import study; "
+        f"study.ROOT = Path({str(tmp_path)!r}); study._call('slow.py')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "the study stopped, since slow.py did" in err.splitlines()[-1]
