@@ -543,6 +543,7 @@ def test_out_that_cannot_be_written_is_said_before_anything_is_read(two):
     Path("file").touch()
     for out, message in (
         ("results", "--out: results is a folder; give a file, such as results/metrics.csv"),
+        ("results/a.png", "--out: results/a.png; accepted: a CSV file, such as metrics.csv"),
         ("file/metrics.csv", "--out: cannot write file/metrics.csv: Not a directory"),
     ):
         ran = two.measure("--out", out)

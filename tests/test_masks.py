@@ -415,6 +415,13 @@ def test_the_other_commands(command):
     assert (read("less.png") == as_mask("#...", "#...")).all()
 
 
+def test_what_keeps_everything_is_not_inverted(command):
+    save("white.png", as_mask("##", "##"))
+    status, _, errors = command("invert", "white.png", "black.png")
+    assert status == 2 and "the mask keeps everything: nothing would be kept" in errors
+    assert names() == ["white.png"]
+
+
 def test_a_file_is_replaced_only_if_one_says_so(command):
     assert command("box", "out", "--number", 2)[0] == 0
     before = read("out/000001.png")
