@@ -2,6 +2,7 @@
 
     python data/score_portraits.py
     python data/score_portraits.py --precision bf16
+    python data/score_portraits.py --number 16 --set use_ddim=true
 
 The right half of each portrait is hidden. Since portraits are symmetric, the left half tells what
 the hidden one must look like. Prints the mean absolute error in the hidden half, in grey levels
@@ -34,6 +35,9 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=64, help="how many portraits (64)")
     parser.add_argument("--conf_path", default=str(ROOT / "confs/demo.yml"))
     parser.add_argument("--precision", help="one to compare with fp32, such as bf16")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another setting"
+    )
     arguments = parser.parse_args()
     portraits = [
         np.asarray(draw_portrait(HELD_OUT_SEED, FIRST + i)) for i in range(arguments.number)
@@ -48,7 +52,7 @@ def main() -> None:
     for jump_n_sample in (1, 10):
         in_fp32 = None
         for precision in precisions:
-            settings = [f"precision={precision}", f"{JUMPS}={jump_n_sample}"]
+            settings = [f"precision={precision}", f"{JUMPS}={jump_n_sample}", *arguments.set]
             results = complete(arguments.conf_path, settings, truth, keep_mask)
             in_fp32 = results if in_fp32 is None else in_fp32
             errors = (hidden_difference(results, other, keep_mask) for other in (truth, in_fp32))

@@ -153,6 +153,8 @@ class Config:
     network: NetworkConfig
     diffusion: DiffusionConfig
     clip_denoised: Flag = True  # clamp the predicted x_0 to [-1, 1]
+    use_ddim: Flag = False  # DDIM's steps down instead of the ancestral ones
+    ddim_eta: NotNegative = 0.0  # their noise: 0 = none, 1 = the posterior's
     schedule: ScheduleConfig | None  # None = plain ancestral sampling
     inpa_inj_sched_prev: Flag = True  # merge the known region
     inpa_inj_time_shift: Shift = 1  # going up from t takes beta[t + shift]
@@ -363,9 +365,9 @@ _NO_EFFECT = {
     **dict.fromkeys(("latex_name", "method_name", "n_jobs", "num_samples"), _ANYTHING),
     **dict.fromkeys(("lr_kernel_n_std", "print_estimated_vars"), _ANYTHING),
     "inpa_inj_sched_prev_cumnoise": _only_false("cumulative noise is not supported"),
-    "use_ddim": _only_false("DDIM sampling is not supported"),
     "respace_interpolate": _only_false("interpolated respacing is not supported"),
 }
+_NO_EFFECT_IN_TRAINING = {"use_ddim": _only_false("it is for sampling with test.py")}
 _NO_EFFECT_IN_DATASET = {
     "data.eval.*.ds_conf": _ANYTHING,
     "data.eval.*.mask_loader": _ANYTHING,
@@ -407,7 +409,7 @@ def _vocabulary(*classes: type) -> dict[str, _Kind]:
 
 
 _DENOISER = _vocabulary(NetworkConfig, DiffusionConfig) | _NO_EFFECT
-_TRAINING = _vocabulary(TrainingConfig, TrainingParams) | _DENOISER
+_TRAINING = _vocabulary(TrainingConfig, TrainingParams) | _DENOISER | _NO_EFFECT_IN_TRAINING
 _SAMPLING = (
     _vocabulary(Config, SpeedConfig, ClassifierConfig, ScheduleConfig, DatasetConfig)
     | _DENOISER
@@ -450,6 +452,7 @@ def load_config(
     file.refuse_first(
         _network_problems(config.network),
         _diffusion_problems(config.diffusion, schedule),
+        _ddim_problems(config),
         _classifier_problems(config.classifier, config.network.image_size),
         _dataset_problems(file.values, config.network.image_size),
     )
@@ -749,6 +752,11 @@ def _diffusion_problems(diffusion: DiffusionConfig, schedule: ScheduleConfig | N
         yield "schedule_jump_params.t_T", f"at most {min(kept, steps)}, {limit}"
     if not 1 <= kept <= steps:
         yield "timestep_respacing", f"from 1 to {steps} steps in all, the diffusion_steps"
+
+
+def _ddim_problems(config: Config) -> _Problems:
+    if config.ddim_eta and not config.use_ddim:
+        yield "ddim_eta", "0 without use_ddim: true, since it has no effect then"
 
 
 def _dataset_problems(values: Mapping[str, Any], image_size: int) -> _Problems:

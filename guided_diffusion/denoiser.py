@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from guided_diffusion.gaussian_diffusion import ReverseStep
+from guided_diffusion.gaussian_diffusion import Ddim, ReverseStep
 from guided_diffusion.respace import Process
 
 Denoiser = Callable[[torch.Tensor, int, torch.Tensor], ReverseStep]
@@ -44,17 +44,52 @@ def guided(denoiser: Denoiser, classifier: Network, process: Process, scale: flo
     mean + σ²·scale·∇ log p(y | x_t) (Dhariwal & Nichol 2021, algorithm 1).
     """
 
-    def log_likelihood_gradient(x_t: torch.Tensor, t: int, y: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
-            logits = classifier(x, process.network_times[t].expand(len(x)))
-            log_likelihood = F.log_softmax(logits, dim=-1).gather(1, y[:, None]).sum()
-            return torch.autograd.grad(log_likelihood, x)[0]
+    def denoise(x_t: torch.Tensor, t: int, y: torch.Tensor) -> ReverseStep:
+        p = denoiser(x_t, t, y)
+        gradient = _log_likelihood_gradient(classifier, process, x_t, t, y)
+        mean = p.mean + p.variance * scale * gradient
+        return ReverseStep(mean, p.log_variance, p.pred_x0)
+
+    return denoise
+
+
+def guided_x0(denoiser: Denoiser, classifier: Network, process: Process, scale: float) -> Denoiser:
+    """The denoiser, its x_0 moved towards images that the classifier takes for class y.
+
+    The noise that leads from x_0 to x_t becomes ε − √(1 − ᾱ)·scale·∇ log p(y | x_t), and x_0 is
+    what lies below that (Dhariwal & Nichol 2021, algorithm 2). It is not clamped: then it, ε and
+    x_t would not belong together any more.
+    """
+    diffusion = process.diffusion
 
     def denoise(x_t: torch.Tensor, t: int, y: torch.Tensor) -> ReverseStep:
         p = denoiser(x_t, t, y)
-        mean = p.mean + p.variance * scale * log_likelihood_gradient(x_t, t, y)
-        return ReverseStep(mean, p.log_variance, p.pred_x0)
+        gradient = _log_likelihood_gradient(classifier, process, x_t, t, y)
+        eps = diffusion.predict_eps(x_t, t, p.pred_x0)
+        eps = eps - diffusion.at("sqrt_one_minus_alphas_cumprod", t) * scale * gradient
+        x0 = diffusion.predict_x0(x_t, t, eps)
+        return ReverseStep(diffusion.posterior_mean(x0, x_t, t), p.log_variance, x0)
+
+    return denoise
+
+
+def _log_likelihood_gradient(
+    classifier: Network, process: Process, x_t: torch.Tensor, t: int, y: torch.Tensor
+) -> torch.Tensor:
+    """∇ log p(y | x_t), (B, C, H, W)."""
+    with torch.enable_grad():
+        x = x_t.detach().requires_grad_()
+        logits = classifier(x, process.network_times[t].expand(len(x)))
+        log_likelihood = F.log_softmax(logits, dim=-1).gather(1, y[:, None]).sum()
+        return torch.autograd.grad(log_likelihood, x)[0]
+
+
+def ddim(denoiser: Denoiser, process: Process, eta: float = 0.0) -> Denoiser:
+    """The denoiser, taking DDIM's steps towards its x_0 in place of its own; eta: see `Ddim`."""
+    steps = Ddim(process.diffusion, eta)
+
+    def denoise(x_t: torch.Tensor, t: int, y: torch.Tensor) -> ReverseStep:
+        return steps.step(denoiser(x_t, t, y).pred_x0, x_t, t)
 
     return denoise
 
@@ -83,7 +118,7 @@ class FiniteCheck:
 
     def __call__(self, x_t: torch.Tensor, t: int) -> ReverseStep:
         p = self.denoiser(x_t, t)
-        finite = torch.isfinite(p.mean + p.log_variance).flatten(1).all(dim=1)  # (B,)
+        finite = torch.isfinite(p.mean + p.sigma).flatten(1).all(dim=1)  # (B,)
         self.answers.append((t, *_fetch(finite)))
         self._look(self.late if finite.is_cuda else 0)
         return p

@@ -1,5 +1,6 @@
 """The only place that knows both the config's vocabulary and the classes it stands for."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,9 +21,16 @@ from guided_diffusion.config import (
     load_config,
     to_yaml_dict,
 )
-from guided_diffusion.denoiser import Denoiser, Network, guided, network_denoiser
+from guided_diffusion.denoiser import (
+    Denoiser,
+    Network,
+    ddim,
+    guided,
+    guided_x0,
+    network_denoiser,
+)
 from guided_diffusion.dist_util import ALONE, World
-from guided_diffusion.gaussian_diffusion import beta_schedule
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
 from guided_diffusion.image_datasets import to_bytes
 from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.pictures import encode_png, picture_grid
@@ -159,8 +167,10 @@ def build_process(config: Config | TrainingConfig, device: torch.device | str = 
 
 
 def build_times(config: Config) -> list[int]:
-    """The times that the sampler walks. Raises UserError if re-noising leaves them."""
-    alphas_cumprod = build_process(config).diffusion.alphas_cumprod
+    """The times that the sampler walks. Raises UserError if it cannot take these steps."""
+    diffusion = build_process(config).diffusion
+    _check_ddim_eta(config, diffusion)
+    alphas_cumprod = diffusion.alphas_cumprod
     steps = len(alphas_cumprod)
     if config.schedule is None:
         return plain_times(steps)
@@ -176,6 +186,15 @@ def build_times(config: Config) -> list[int]:
             stacklevel=2,
         )
     return times
+
+
+def _check_ddim_eta(config: Config, diffusion: GaussianDiffusion) -> None:
+    largest = diffusion.largest_ddim_eta
+    if config.ddim_eta > largest:
+        raise UserError(
+            f"{config.source}: ddim_eta: found {config.ddim_eta:g}, which adds more noise than "
+            f"some step leaves room for; accepted: from 0 to {math.floor(largest * 1000) / 1000:g}"
+        )
 
 
 def _check_time_shift(config: Config, times: list[int], steps: int) -> None:
@@ -199,10 +218,11 @@ def _build_denoiser(
         predict_xstart=config.diffusion.predict_xstart,
         clip_denoised=config.clip_denoised,
     )
-    if config.classifier is None:
-        return denoiser
-    classifier = _build_classifier(config, device)
-    return guided(denoiser, classifier, process, config.classifier.scale)
+    if config.classifier:
+        guide = guided_x0 if config.use_ddim else guided
+        classifier = _build_classifier(config, device)
+        denoiser = guide(denoiser, classifier, process, config.classifier.scale)
+    return ddim(denoiser, process, config.ddim_eta) if config.use_ddim else denoiser
 
 
 def _build_classifier(config: Config, device: torch.device) -> Network:

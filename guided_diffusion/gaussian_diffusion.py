@@ -1,7 +1,8 @@
 """Tables of a Gaussian diffusion, q(x_t | x_0), its posterior, and p(x_{t-1} | x_t).
 
 Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM); Nichol & Dhariwal 2021,
-"Improved DDPM". Symbols: β_t, α_t = 1 − β_t, ᾱ_t = α_1 ⋯ α_t; t counts from 0.
+"Improved DDPM"; Song et al. 2021, "Denoising Diffusion Implicit Models" (DDIM). Symbols: β_t,
+α_t = 1 − β_t, ᾱ_t = α_1 ⋯ α_t; t counts from 0.
 """
 
 import math
@@ -33,7 +34,7 @@ class ReverseStep:
     """p(x_{t-1} | x_t) = N(mean, variance), and the x_0 that it aims at; each (B, C, H, W)."""
 
     mean: torch.Tensor
-    log_variance: torch.Tensor  # may be broadcastable to the mean's shape
+    log_variance: torch.Tensor  # may be broadcastable to the mean's shape; −inf: no noise
     pred_x0: torch.Tensor
 
     @property
@@ -92,9 +93,18 @@ class GaussianDiffusion:
         """log β_t, but for the first step: without learned variances ("fixed large", DDPM 3.2)."""
         return np.append(self.posterior_log_variance_clipped[0], np.log(self.betas[1:]))
 
+    @property
+    def largest_ddim_eta(self) -> float:
+        """The η up to which σ² ≤ 1 − ᾱ_{t−1} at every step of DDIM; at least 1.
+
+        σ² = η²·β_t·(1 − ᾱ_{t−1}) / (1 − ᾱ_t), and at t = 0 there is no noise, whatever η.
+        """
+        limits = np.sqrt((1 - self.alphas_cumprod) / self.betas)[1:]
+        return max(1.0, float(limits.min(initial=np.inf)))  # 1 always fits, but for rounding
+
     @cached_property
     def _tables(self) -> dict[str, torch.Tensor]:
-        """Every factor that meets a tensor: float32, on the device, so that no step waits."""
+        """Every factor that meets a tensor."""
         abar = self.alphas_cumprod
         tables = {
             "betas": self.betas,
@@ -109,14 +119,11 @@ class GaussianDiffusion:
             "posterior_log_variance_clipped": self.posterior_log_variance_clipped,
             "fixed_log_variance": self.fixed_log_variance,
         }
-        return {
-            name: torch.from_numpy(table.astype(np.float32)).to(self.device)
-            for name, table in tables.items()
-        }
+        return as_tensors(tables, self.device)
 
     def at(self, table: str, t: int | torch.Tensor) -> torch.Tensor:
         """A table's float32 entry at time t, shaped to broadcast over (B, C, H, W)."""
-        return self._tables[table][t].view(-1, 1, 1, 1)
+        return entry(self._tables[table], t)
 
     def q_sample(
         self, x0: torch.Tensor, t: int | torch.Tensor, noise: torch.Tensor
@@ -134,6 +141,14 @@ class GaussianDiffusion:
         return (
             self.at("sqrt_recip_alphas_cumprod", t) * x_t
             - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
+        )
+
+    def predict_eps(
+        self, x_t: torch.Tensor, t: int | torch.Tensor, x0: torch.Tensor
+    ) -> torch.Tensor:
+        """The noise that leads from this x0 to x_t."""
+        return (self.at("sqrt_recip_alphas_cumprod", t) * x_t - x0) / self.at(
+            "sqrt_recipm1_alphas_cumprod", t
         )
 
     def posterior_mean(
@@ -174,3 +189,45 @@ class GaussianDiffusion:
         fraction = (v + 1) / 2
         lower, upper = self.at("posterior_log_variance_clipped", t), self.at("log_betas", t)
         return fraction * upper + (1 - fraction) * lower
+
+
+class Ddim:
+    """The steps of DDIM through a diffusion (Song et al. 2021, eq. 12)."""
+
+    def __init__(self, diffusion: GaussianDiffusion, eta: float = 0.0):
+        """eta: 0 adds no noise, 1 the posterior's. Raises ValueError if x_{t-1} has no room for it.
+
+        See `GaussianDiffusion.largest_ddim_eta`.
+        """
+        if not 0 <= eta <= diffusion.largest_ddim_eta:
+            raise ValueError(f"eta is {eta}, not in [0, {diffusion.largest_ddim_eta}]")
+        self.diffusion = diffusion
+        abar_prev = diffusion.alphas_cumprod_prev
+        variance = (eta * np.sqrt(diffusion.posterior_variance)) ** 2  # σ²
+        with np.errstate(divide="ignore"):  # log 0 = −inf
+            tables = {
+                "sqrt_abar_prev": np.sqrt(abar_prev),
+                "eps_factor": np.sqrt(np.maximum(1 - abar_prev - variance, 0)),
+                "log_variance": np.log(variance),
+            }
+        self._tables = as_tensors(tables, diffusion.device)
+
+    def step(self, x0: torch.Tensor, x_t: torch.Tensor, t: int | torch.Tensor) -> ReverseStep:
+        """p(x_{t-1} | x_t), if x0 is what the network sees in x_t; each (B, C, H, W)."""
+        at = {name: entry(table, t) for name, table in self._tables.items()}
+        eps = self.diffusion.predict_eps(x_t, t, x0)
+        mean = at["sqrt_abar_prev"] * x0 + at["eps_factor"] * eps
+        return ReverseStep(mean, at["log_variance"], x0)
+
+
+def as_tensors(tables: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """The tables as they meet tensors: float32, on the device, so that no step waits."""
+    return {
+        name: torch.from_numpy(table.astype(np.float32)).to(device)
+        for name, table in tables.items()
+    }
+
+
+def entry(table: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+    """What a table (N,) has for time t, shaped to broadcast over (B, C, H, W)."""
+    return table[t].view(-1, 1, 1, 1)

@@ -19,7 +19,12 @@ if __package__ is None or __package__ == "":  # run by path: make the package im
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion.config import ScheduleConfig
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ReverseStep, beta_schedule
+from guided_diffusion.gaussian_diffusion import (
+    Ddim,
+    GaussianDiffusion,
+    ReverseStep,
+    beta_schedule,
+)
 from guided_diffusion.repaint import Denoise, Streams, repaint
 from guided_diffusion.respace import respaced_process
 from guided_diffusion.scheduler import count_evaluations, jump_times
@@ -88,9 +93,9 @@ IMAGE = np.random.default_rng(0).multivariate_normal(DATA.mean, DATA.cov)
 TRUTH = DATA.given(KNOWN, IMAGE[KNOWN])
 
 
-def new_diffusion() -> GaussianDiffusion:
-    """The published networks' process in 250 steps."""
-    return respaced_process(beta_schedule("linear", 1000), str(STEPS)).diffusion
+def new_diffusion(steps: int = STEPS) -> GaussianDiffusion:
+    """The published networks' process in so many steps."""
+    return respaced_process(beta_schedule("linear", 1000), str(steps)).diffusion
 
 
 def ideal_network(data: Gaussian, diffusion: GaussianDiffusion) -> Denoise:
@@ -125,6 +130,12 @@ def ideal_network(data: Gaussian, diffusion: GaussianDiffusion) -> Denoise:
     return denoise
 
 
+def ddim_steps(denoise: Denoise, diffusion: GaussianDiffusion, eta: float) -> Denoise:
+    """DDIM's steps with the same network."""
+    steps = Ddim(diffusion, eta)
+    return lambda x, t: steps.step(denoise(x, t).pred_x0, x, t)
+
+
 class BalancedNoise:
     """Noise in place of `Streams` by which a small batch has exact moments.
 
@@ -149,35 +160,45 @@ class BalancedNoise:
 
 
 def sample(
-    times: list[int], streams: Streams | BalancedNoise, batch: int, *, inject_known: bool = True
+    times: list[int],
+    streams: Streams | BalancedNoise,
+    batch: int,
+    *,
+    inject_known: bool = True,
+    eta: float | None = None,
 ) -> Gaussian:
-    """The moments over all pixels of what the loop draws, given the known half of IMAGE."""
-    diffusion = new_diffusion()
+    """The moments over all pixels of what the loop draws, given the known half of IMAGE.
+
+    times: from the process's last step on. eta: of DDIM; None: the ancestral sampler.
+    """
+    diffusion = new_diffusion(times[0] + 1)
     shape = (batch, 1, SIDE, SIDE)
     gt, keep_mask = (
         torch.from_numpy(row.astype(np.float32)).expand(batch, PIXELS).reshape(shape)
         for row in (np.where(KNOWN, IMAGE, 0), KNOWN)
     )
     denoise = ideal_network(DATA, diffusion)
+    if eta is not None:
+        denoise = ddim_steps(denoise, diffusion, eta)
     drawn = repaint(denoise, diffusion, times, gt, keep_mask, streams, inject_known=inject_known)
     rows = drawn.flatten(1).numpy().astype(np.float64)
     return Gaussian(rows.mean(axis=0), np.cov(rows.T, bias=True))
 
 
-def times_for(r: int, j: int = 10) -> list[int]:
+def times_for(r: int, j: int = 10, steps: int = STEPS) -> list[int]:
     """The paper's schedule: jumps of j steps, each stretch walked r times."""
-    return jump_times(ScheduleConfig(t_T=STEPS, n_sample=1, jump_length=j, jump_n_sample=r))
+    return jump_times(ScheduleConfig(t_T=steps, n_sample=1, jump_length=j, jump_n_sample=r))
 
 
 @cache
-def inpainted(r: int, j: int = 10) -> Gaussian:
+def inpainted(r: int, j: int = 10, steps: int = STEPS, eta: float | None = None) -> Gaussian:
     """The moments over all pixels of what the loop draws, without sampling error."""
-    return sample(times_for(r, j), BalancedNoise(0), BalancedNoise.BATCH)
+    return sample(times_for(r, j, steps), BalancedNoise(0), BalancedNoise.BATCH, eta=eta)
 
 
-def inpainting_error(r: int, j: int = 10) -> Distance:
+def inpainting_error(r: int, j: int = 10, steps: int = STEPS, eta: float | None = None) -> Distance:
     """How far the hidden pixels that the loop draws are from the truth."""
-    return distance(inpainted(r, j).marginal(~KNOWN), TRUTH)
+    return distance(inpainted(r, j, steps, eta).marginal(~KNOWN), TRUTH)
 
 
 def main() -> None:

@@ -224,6 +224,8 @@ def test_defaults(write):
             "use_kl": False,
         },
         "clip_denoised": True,
+        "use_ddim": False,
+        "ddim_eta": 0.0,
         "schedule": None,
         "inpa_inj_sched_prev": True,
         "inpa_inj_time_shift": 1,
@@ -487,13 +489,13 @@ MISTAKES = [
     ("timestep_respacing", None, "timestep_respacing: found null; accepted: '' (all steps)"),
     ("cond_y", 1000, "cond_y: found 1000; accepted: null or a whole number from 0 to 999"),
     ("cond_y", -1, "cond_y: found -1; accepted: null or a whole number from 0 to 999"),
+    ("ddim_eta", -0.1, "ddim_eta: found -0.1; accepted: a number >= 0"),
     ("classifier_scale", float("inf"), "classifier_scale: found .inf; accepted: a number >= 0"),
     ("classifier_pool", "mean", "classifier_pool: found mean; accepted: attention or adaptive or"),
     ("seed", -1, "seed: found -1; accepted: null or a whole number >= 0 and < 2**62"),
     ("seed", 2**62, f"seed: found {2**62}; accepted: null or a whole number"),
     ("device", "gpu", "device: found gpu; accepted: null or cpu, cuda, cuda:N or mps"),
     # refused for now
-    ("use_ddim", True, "only false, because DDIM sampling is not supported; remove the key"),
     ("inpa_inj_sched_prev_cumnoise", True, "only false, because cumulative noise is not supported"),
     ("respace_interpolate", True, "because interpolated respacing is not supported"),
     ("data.eval.faces.random_crop", True, "only false, because random crops are not supported"),
@@ -513,6 +515,9 @@ MISTAKES = [
     ("schedule_jump_params.jump_length", DELETED, "schedule_jump_params.jump_length: missing"),
     ("schedule_jump_params.jump_n_sample", DELETED, "schedule_jump_params.jump_n_sample: missing"),
     # combinations that cannot work
+    ("ddim_eta", 0.5, "ddim_eta: found 0.5; accepted: 0 without use_ddim: true, since it has no"),
+    ("ddim_eta", 0, None),
+    ("use_ddim", True, None),
     ("data.eval.other", {"gt_path": "x"}, "data.eval: found 2 datasets (faces, other)"),
     ("data.eval.other", None, "data.eval: found 2 datasets (faces, other)"),
     ("data.eval.faces.image_size", 128, "data.eval.faces.image_size: found 128; accepted: 64"),
@@ -784,6 +789,7 @@ def test_training_file(write):
         ("schedule_jump_params", {"t_T": 5}, "schedule_jump_params: a key for test.py alone"),
         ("totl_steps", 5, "totl_steps: unknown key; the nearest known key is total_steps"),
         ("use_ddim", True, "use_ddim: found true; accepted: only false"),
+        ("ddim_eta", 0.5, "ddim_eta: a key for test.py alone"),
     ],
 )
 def test_mistakes_in_training_files(write, path, value, fragment):

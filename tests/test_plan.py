@@ -362,6 +362,11 @@ ALL: dict[str, tuple[Callable[[Case], object], str]] = {
         "mask_convention was at its default, is fill",
     ),
     "clipping": (_set(clip_denoised=False), "clip_denoised was at its default, is false"),
+    "DDIM": (_set(use_ddim=True), "use_ddim was at its default, is true"),
+    "its noise": (
+        _set(use_ddim=True, ddim_eta=0.5),
+        "use_ddim was at its default, is true; ddim_eta was at its default, is 0.5",
+    ),
     "checkpoint": (_write("weights.pt", b"others"), "the file of model_path changed"),
     "precision": (
         lambda case: setattr(case, "speed", Speed("bf16")),
@@ -464,6 +469,7 @@ def test_a_key_at_its_default_is_as_good_as_none(case):
     """Else a version of the program that knows one more key would make everything again."""
     without = case.identity.digest
     case.keys |= {"clip_denoised": True, "cond_y": None, "noise_schedule": "linear"}
+    case.keys |= {"use_ddim": False, "ddim_eta": 0}
     assert case.identity.digest == without
     case.keys["clip_denoised"] = False
     assert case.identity.digest != without
