@@ -416,7 +416,7 @@ def test_the_other_commands(command):
 
 
 def test_what_keeps_everything_is_not_inverted(command):
-    save("white.png", as_mask("##", "##"))
+    save("white.png", as_mask("..", ".."))
     status, _, errors = command("invert", "white.png", "black.png")
     assert status == 2 and "the mask keeps everything: nothing would be kept" in errors
     assert names() == ["white.png"]
