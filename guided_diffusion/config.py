@@ -113,6 +113,14 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """A complete picture to begin with, in place of pure noise."""
+
+    path: FilePath | None = None  # folder of pictures, or one for all; None = the images themselves
+    t: CountOrZero  # noised to this time of the schedule, which is walked from there on
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """Where images and masks come from, and where results go."""
 
@@ -156,6 +164,7 @@ class Config:
     use_ddim: Flag = False  # DDIM's steps down instead of the ancestral ones
     ddim_eta: NotNegative = 0.0  # their noise: 0 = none, 1 = the posterior's
     schedule: ScheduleConfig | None  # None = plain ancestral sampling
+    start_from: StartConfig | None = None  # None = pure noise
     inpa_inj_sched_prev: Flag = True  # merge the known region
     inpa_inj_time_shift: Shift = 1  # going up from t takes beta[t + shift]
     classifier: ClassifierConfig | None  # None = no guidance
@@ -169,6 +178,11 @@ class Config:
     checkpoint_every: NotNegative = 300  # seconds after which a picture's state is saved
     log_every: CountOrZero = 0  # transitions after which the process is shown; 0 = never
     dataset: DatasetConfig | None
+
+    @property
+    def start_path(self) -> str | None:
+        """Folder or file of the pictures to start from; None: sampling starts from pure noise."""
+        return self.start_from and (self.start_from.path or self.dataset.gt_path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +365,7 @@ Device = Annotated[str, _matching(r"cpu|mps|cuda(:[0-9]{1,3})?", "cpu, cuda, cud
 _PREFIXES = {
     ClassifierConfig: "classifier_",
     ScheduleConfig: "schedule_jump_params.",
+    StartConfig: "start_from.",
     DatasetConfig: "data.eval.*.",
 }
 _YAML_NAMES = {
@@ -411,7 +426,7 @@ def _vocabulary(*classes: type) -> dict[str, _Kind]:
 _DENOISER = _vocabulary(NetworkConfig, DiffusionConfig) | _NO_EFFECT
 _TRAINING = _vocabulary(TrainingConfig, TrainingParams) | _DENOISER | _NO_EFFECT_IN_TRAINING
 _SAMPLING = (
-    _vocabulary(Config, SpeedConfig, ClassifierConfig, ScheduleConfig, DatasetConfig)
+    _vocabulary(Config, SpeedConfig, ClassifierConfig, ScheduleConfig, StartConfig, DatasetConfig)
     | _DENOISER
     | _NO_EFFECT_IN_DATASET
 )
@@ -445,6 +460,7 @@ def load_config(
         network=file.make_network(),
         diffusion=file.make(DiffusionConfig),
         schedule=schedule,
+        start_from=file.make(StartConfig) if file.has_section("start_from") else None,
         speed=file.make(SpeedConfig),
         classifier=classifier if classifier.scale and classifier.path else None,
         dataset=file.make(DatasetConfig, name=file.dataset_name) if file.dataset_name else None,
@@ -453,6 +469,7 @@ def load_config(
         _network_problems(config.network),
         _diffusion_problems(config.diffusion, schedule),
         _ddim_problems(config),
+        _start_problems(config),
         _classifier_problems(config.classifier, config.network.image_size),
         _dataset_problems(file.values, config.network.image_size),
     )
@@ -530,6 +547,10 @@ class _File:
 
     def has(self, prefix: str) -> bool:
         return any(key.startswith(prefix) for key in self.values)
+
+    def has_section(self, name: str) -> bool:
+        """Whether there is such a section, be it an empty one."""
+        return self.has(f"{name}.") or isinstance(self.nodes.get((name,)), yaml.MappingNode)
 
     def make(self, cls: type[_Part], **parts: Any) -> _Part:
         """`cls` from the values of its keys; `parts` are the fields that no key sets."""
@@ -745,8 +766,7 @@ def _diffusion_problems(diffusion: DiffusionConfig, schedule: ScheduleConfig | N
     steps = diffusion.diffusion_steps
     if diffusion.noise_schedule == "linear" and steps <= 20:
         yield "diffusion_steps", "numbers > 20 (linear betas reach 1 at 20), or a cosine schedule"
-    counts = [int(count) for count in re.findall("[0-9]+", diffusion.timestep_respacing)]
-    kept = sum(counts) if counts else steps
+    kept = _kept_steps(diffusion)
     if schedule and schedule.t_T > min(kept, steps) > 0:
         limit = "the steps that diffusion_steps and timestep_respacing leave"
         yield "schedule_jump_params.t_T", f"at most {min(kept, steps)}, {limit}"
@@ -757,6 +777,17 @@ def _diffusion_problems(diffusion: DiffusionConfig, schedule: ScheduleConfig | N
 def _ddim_problems(config: Config) -> _Problems:
     if config.ddim_eta and not config.use_ddim:
         yield "ddim_eta", "0 without use_ddim: true, since it has no effect then"
+
+
+def _kept_steps(diffusion: DiffusionConfig) -> int:
+    counts = [int(count) for count in re.findall("[0-9]+", diffusion.timestep_respacing)]
+    return sum(counts) if counts else diffusion.diffusion_steps
+
+
+def _start_problems(config: Config) -> _Problems:
+    steps = config.schedule.t_T if config.schedule else _kept_steps(config.diffusion)
+    if config.start_from and config.start_from.t >= steps:
+        yield "start_from.t", f"from 0 to {steps - 1}, the times of the schedule"
 
 
 def _dataset_problems(values: Mapping[str, Any], image_size: int) -> _Problems:
@@ -770,7 +801,8 @@ def _dataset_problems(values: Mapping[str, Any], image_size: int) -> _Problems:
     if values.get("data.eval.*.fit") == "region" and values.get("data.eval.*.random_flip"):
         yield "data.eval.*.random_flip", "false with fit: region, which gives whole photos back"
     outputs = [key for key in values if ".paths." in key]
-    yield from _folder_problems(values, outputs, ["data.eval.*.gt_path", "data.eval.*.mask_path"])
+    inputs = ["data.eval.*.gt_path", "data.eval.*.mask_path", "start_from.path"]
+    yield from _folder_problems(values, outputs, inputs)
 
 
 def _folder_problems(
@@ -785,7 +817,8 @@ def _folder_problems(
         owners[folder] = key.rpartition(".")[2]
         for source in filter(values.get, inputs):
             if _is_among(folder, os.path.realpath(values[source])):
-                yield key, f"a folder apart from {source.rpartition('.')[2]}, which is input"
+                name = source.removeprefix("data.eval.*.")
+                yield key, f"a folder apart from {name}, which is input"
 
 
 def _is_among(folder: str, source: str) -> bool:

@@ -23,7 +23,15 @@ from guided_diffusion.image_datasets import (
     to_bytes,
 )
 from guided_diffusion.pictures import read_rgb, resize_and_crop
-from guided_diffusion.regions import Region, cut_image, cut_keep, find_regions, keep_of, paste
+from guided_diffusion.regions import (
+    Region,
+    cut_image,
+    cut_keep,
+    cut_start,
+    find_regions,
+    keep_of,
+    paste,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +40,7 @@ class View:
 
     image: torch.Tensor  # (3, S, S) float32 in [-1, 1]
     keep_mask: torch.Tensor  # (3, S, S) float32 in [0, 1]; 1 = keep, 0 = fill in
+    start: torch.Tensor | None = None  # like the image: what to start from; None: pure noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +59,13 @@ class Crop:
     image: np.ndarray  # uint8 (S, S, 3)
     mask: np.ndarray  # uint8 (S, S, 3), white = keep
     paste_known: bool = False  # known pixels come out exactly
+    start: np.ndarray | None = None  # uint8 (S, S, 3)
     views = 1
 
     def view(self, k: int = 0) -> View:
         """The square itself, the only one."""
-        return View(image_to_tensor(self.image), mask_to_tensor(self.mask))
+        start = None if self.start is None else image_to_tensor(self.start)
+        return View(image_to_tensor(self.image), mask_to_tensor(self.mask), start)
 
     def finish(self, results: Sequence[np.ndarray]) -> np.ndarray:
         """The picture to write. results: of each view, uint8 (S, S, 3)."""
@@ -77,6 +88,7 @@ class Photo:
     image: np.ndarray  # uint8 (H, W, 3)
     keep: np.ndarray  # bool (H, W)
     image_size: int
+    start: np.ndarray | None = None  # uint8 (H, W, 3)
 
     @cached_property
     def regions(self) -> list[Region]:
@@ -94,7 +106,10 @@ class Photo:
         image = cut_image(self.image, self.keep, region, self.image_size)
         keep = cut_keep(self.keep, region, self.image_size)
         keep_mask = torch.from_numpy(keep).float().expand(3, -1, -1)  # (3, S, S)
-        return View(image_to_tensor(image), keep_mask)
+        if self.start is None:
+            return View(image_to_tensor(image), keep_mask)
+        start = cut_start(self.start, region, self.image_size)
+        return View(image_to_tensor(image), keep_mask, image_to_tensor(start))
 
     def finish(self, results: Sequence[np.ndarray]) -> np.ndarray:
         """The photo with its holes filled in. results: of each view, uint8 (S, S, 3)."""
@@ -116,12 +131,14 @@ def load_example(
 ) -> Crop | Photo:
     """Read a pair. Raises UserError that names a bad file.
 
-    flip: a crop is mirrored left to right. paste_known: of a crop; a photo's known pixels always
-    come out as they are.
+    The picture to start from is prepared as the image is. flip: a crop is mirrored left to right.
+    paste_known: of a crop; a photo's known pixels always come out as they are.
     """
     image = read_rgb(pair.image_path)
     mask = read_mask(pair.mask_path, dataset.mask_convention)
+    starts = [read_rgb(pair.start_path)] if pair.start_path else []
     if dataset.fit == "region":
-        return Photo(np.asarray(image), keep_of(mask), image_size)
-    squares = [resize_and_crop(picture, image_size) for picture in (image, mask)]
-    return Crop(*(map(np.fliplr, squares) if flip else squares), paste_known)
+        return Photo(np.asarray(image), keep_of(mask), image_size, *map(np.asarray, starts))
+    squares = [resize_and_crop(picture, image_size) for picture in (image, mask, *starts)]
+    image, mask, *starts = map(np.fliplr, squares) if flip else squares
+    return Crop(image, mask, paste_known, *starts)

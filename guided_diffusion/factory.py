@@ -16,6 +16,7 @@ from guided_diffusion.config import (
     ClassifierConfig,
     Config,
     NetworkConfig,
+    StartConfig,
     TrainingConfig,
     UserError,
     load_config,
@@ -32,10 +33,10 @@ from guided_diffusion.denoiser import (
 from guided_diffusion.dist_util import ALONE, World
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
 from guided_diffusion.image_datasets import to_bytes
-from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.inpainter import Inpainter, Start
 from guided_diffusion.pictures import encode_png, picture_grid
 from guided_diffusion.respace import Process, respaced_process
-from guided_diffusion.scheduler import jump_times, plain_times
+from guided_diffusion.scheduler import jump_times, plain_times, times_from
 from guided_diffusion.training.data import TrainingImages
 from guided_diffusion.training.loop import Objective, Trainer
 from guided_diffusion.training.processes import Processes, check_batch_size
@@ -78,7 +79,14 @@ def build_inpainter(
         inject_known=config.inpa_inj_sched_prev,
         time_shift=config.inpa_inj_time_shift,
         paste_known=config.paste_known,
+        start_from=_kind_of_start(config.start_from),
     )
+
+
+def _kind_of_start(start: StartConfig | None) -> Start:
+    if start is None:
+        return "noise"
+    return "picture" if start.path else "image"
 
 
 def check_checkpoints(config: Config) -> None:
@@ -172,11 +180,11 @@ def build_times(config: Config) -> list[int]:
     _check_ddim_eta(config, diffusion)
     alphas_cumprod = diffusion.alphas_cumprod
     steps = len(alphas_cumprod)
-    if config.schedule is None:
-        return plain_times(steps)
-    times = jump_times(config.schedule)
+    times = jump_times(config.schedule) if config.schedule else plain_times(steps)
+    if config.start_from:
+        times = times_from(times, config.start_from.t)
     _check_time_shift(config, times, steps)
-    if config.schedule.t_T < steps:
+    if times[0] < steps - 1 and not config.start_from:
         noise = (1 - alphas_cumprod[times[0]]) ** 0.5
         warnings.warn(
             f"sampling starts from pure noise at step {times[0]} of {steps}, whose noise level is "

@@ -36,49 +36,71 @@ class Pair:
     image_path: str
     mask_path: str
     name: str  # of the results, relative to each output folder, with "/": "sub/x.png"
+    start_path: str | None = None  # the picture to start from; None: pure noise
 
 
 # ---- Which image goes with which mask ----
 
 
 def find_pairs(
-    gt_path: str, mask_path: str, offset: int = 0, max_len: int | None = None
+    gt_path: str,
+    mask_path: str,
+    offset: int = 0,
+    max_len: int | None = None,
+    start_path: str | None = None,
 ) -> list[Pair]:
     """Pair images with masks by sorted order, the first `offset` left out, at most `max_len`.
 
     Each path is a folder, searched recursively, or a single file; a single mask file serves all
-    images. Warns, once, if an image and its mask have different names. Raises UserError if there
-    is nothing to pair, if the counts differ, or if two images would write the same result.
+    images. start_path: of the pictures to start from, paired as masks are; None: none. Warns, once,
+    if an image and its mask, or start picture, have different names. Raises UserError if there is
+    nothing to pair, if the counts differ, or if two images would write the same result.
     """
     images = list_images("gt_path", gt_path)
     masks = list_images("mask_path", mask_path)
     names = _result_names(gt_path, images)
-    if not storage.is_dir(mask_path):
-        masks = masks * len(images)
-    if len(images) != len(masks):
-        raise UserError(
-            f"gt_path {gt_path} has {len(images)} image(s), but mask_path {mask_path} has "
-            f"{len(masks)} (subfolders included): give each image one mask, or, to use one mask "
-            f"for all images, give the mask file itself as mask_path, e.g. {masks[0]}"
-        )
+    masks = _one_each("mask", "mask_path", mask_path, masks, gt_path, len(images))
+    starts = [None] * len(images)
+    if start_path:
+        key, found = "start_from.path", list_images("start_from.path", start_path)
+        starts = _one_each("start picture", key, start_path, found, gt_path, len(images))
     if offset >= len(images):
         raise UserError(
             f"offset {offset} leaves no image: gt_path {gt_path} has {len(images)}; "
             f"use an offset of at most {len(images) - 1}"
         )
-    chosen = list(zip(images, masks, names, strict=True))[offset:][:max_len]
+    chosen = list(zip(images, masks, names, starts, strict=True))[offset:][:max_len]
     pairs = [Pair(index, *paths_and_name) for index, paths_and_name in enumerate(chosen)]
     if storage.is_dir(mask_path):
-        _warn_of_different_names(pairs)
+        _warn_of_different_names("mask", [(pair.image_path, pair.mask_path) for pair in pairs])
+    if start_path and storage.is_dir(start_path):
+        of_starts = [(pair.image_path, pair.start_path) for pair in pairs]
+        _warn_of_different_names("start picture", of_starts)
     return pairs
 
 
-def _warn_of_different_names(pairs: list[Pair]) -> None:
-    for pair in pairs:
-        if PurePath(pair.image_path).stem != PurePath(pair.mask_path).stem:
+def _one_each(
+    noun: str, key: str, path: str, found: list[str], gt_path: str, images: int
+) -> list[str]:
+    """A file for each image, of those found at a path; a path of one file serves all images."""
+    if not storage.is_dir(path):
+        return found * images
+    if len(found) != images:
+        raise UserError(
+            f"gt_path {gt_path} has {images} image(s), but {key} {path} has {len(found)} "
+            f"(subfolders included): give each image one {noun}, or, to use one {noun} for all "
+            f"images, give the {noun} file itself as {key}, e.g. {found[0]}"
+        )
+    return found
+
+
+def _warn_of_different_names(noun: str, paths: list[tuple[str, str]]) -> None:
+    """paths: of an image, and of what goes with it."""
+    for image, other in paths:
+        if PurePath(image).stem != PurePath(other).stem:
             warnings.warn(
-                "images and masks are paired in sorted order, and some names differ; first such "
-                f"pair: image {pair.image_path}, mask {pair.mask_path}",
+                f"images and {noun}s are paired in sorted order, and some names differ; first such "
+                f"pair: image {image}, {noun} {other}",
                 UserWarning,
                 stacklevel=3,
             )

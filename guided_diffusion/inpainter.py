@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -21,6 +21,11 @@ from guided_diffusion.repaint import Evaluation, SamplerState, Streams, repaint
 from guided_diffusion.scheduler import count_evaluations
 
 Progress = Callable[[int, int, torch.Tensor], None]  # (done, total, x_0 estimate)
+Pictures = TypeVar("Pictures", torch.Tensor, Sequence[Image.Image])
+
+# What sampling starts from: pure noise, the image itself unless another picture is given, or a
+# picture that must be given.
+Start = Literal["noise", "image", "picture"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Inpainter:
     inject_known: bool = True  # False: free sampling, whatever the image
     time_shift: int = 1
     paste_known: bool = False  # True: known pixels come out exactly as they went in
+    start_from: Start = "noise"  # if not noise, times begin where the picture is noised to
 
     @property
     def evaluations(self) -> int:
@@ -53,6 +59,7 @@ class Inpainter:
         keep_masks: torch.Tensor,
         seed: int = 0,
         progress: Progress | None = None,
+        start_from: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
     @overload
     def __call__(
@@ -61,6 +68,7 @@ class Inpainter:
         keep_masks: Image.Image,
         seed: int = 0,
         progress: Progress | None = None,
+        start_from: Image.Image | None = None,
     ) -> Image.Image: ...
     @overload
     def __call__(
@@ -69,21 +77,27 @@ class Inpainter:
         keep_masks: Sequence[Image.Image],
         seed: int = 0,
         progress: Progress | None = None,
+        start_from: Sequence[Image.Image] | None = None,
     ) -> list[Image.Image]: ...
-    def __call__(self, images, keep_masks, seed: int = 0, progress: Progress | None = None):
+    def __call__(
+        self, images, keep_masks, seed: int = 0, progress: Progress | None = None, start_from=None
+    ):
         """Inpaint a batch; image i has the random stream of seed + i.
 
         images: (B, 3, S, S) in [-1, 1] and keep_masks (B, 1 or 3, S, S) in [0, 1], 1 = keep,
         S = image_size; or a PIL image and its mask of any size, or lists of them, which are
         resized and cropped like files. progress(done, total, x0): called after each evaluation,
-        x0 as (B, 3, S, S) on the device. Returns the same kind; tensors as float32 on the CPU.
+        x0 as (B, 3, S, S) on the device. start_from: what the config's `start_from` begins with,
+        of the images' kind and sizes; left out: the images themselves, if the config has no path.
+        Returns the same kind; tensors as float32 on the CPU.
         Raises ValueError for kinds, shapes or values that do not fit.
         """
         if isinstance(images, torch.Tensor):
-            return self._inpaint_tensors(images, keep_masks, seed, progress)
+            return self._inpaint_tensors(images, keep_masks, seed, progress, start_from)
         if isinstance(images, Image.Image):
-            return self._inpaint_pictures([images], [keep_masks], seed, progress)[0]
-        return self._inpaint_pictures(images, keep_masks, seed, progress)
+            starts = None if start_from is None else [start_from]
+            return self._inpaint_pictures([images], [keep_masks], seed, progress, starts)[0]
+        return self._inpaint_pictures(images, keep_masks, seed, progress, start_from)
 
     def sample(
         self,
@@ -91,12 +105,14 @@ class Inpainter:
         keep_mask: torch.Tensor,
         seeds: Sequence[int],
         *,
+        picture: torch.Tensor | None = None,
         start: SamplerState | None = None,
         after_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> torch.Tensor:
         """The sampler's own output for a batch, one seed an image; shapes as in `__call__`.
 
-        start: the state in which the same batch was stopped; after_evaluation: see `repaint`.
+        picture: what to start from, like gt; None: pure noise. start: the state in which the same
+        batch was stopped; after_evaluation: see `repaint`.
         Raises NonFiniteError where the network's output is not finite.
         """
         device = self.diffusion.device
@@ -109,6 +125,8 @@ class Inpainter:
             tensor.to(device).contiguous(memory_format=torch.channels_last)
             for tensor in (gt, keep_mask.expand_as(gt))
         )
+        if picture is not None:
+            picture = picture.to(device).contiguous(memory_format=torch.channels_last)
         denoise = FiniteCheck(lambda x_t, t: self.denoiser(x_t, t, y))
         x = repaint(
             denoise,
@@ -119,6 +137,7 @@ class Inpainter:
             streams,
             inject_known=self.inject_known,
             time_shift=self.time_shift,
+            picture=picture,
             start=start,
             after_evaluation=after_evaluation,
         )
@@ -126,17 +145,32 @@ class Inpainter:
         return x.cpu()
 
     def _sample(
-        self, gt: torch.Tensor, keep_mask: torch.Tensor, seed: int, progress: Progress | None
+        self,
+        gt: torch.Tensor,
+        keep_mask: torch.Tensor,
+        seed: int,
+        progress: Progress | None,
+        picture: torch.Tensor | None,
     ) -> torch.Tensor:
         count = progress and _Counter(progress, self.evaluations)
-        return self.sample(gt, keep_mask, range(seed, seed + len(gt)), after_evaluation=count)
+        seeds = range(seed, seed + len(gt))
+        return self.sample(gt, keep_mask, seeds, picture=picture, after_evaluation=count)
 
     def _inpaint_tensors(
-        self, images: torch.Tensor, keep_masks: torch.Tensor, seed: int, progress: Progress | None
+        self,
+        images: torch.Tensor,
+        keep_masks: torch.Tensor,
+        seed: int,
+        progress: Progress | None,
+        start_from: torch.Tensor | None,
     ) -> torch.Tensor:
         _check_tensors(images, keep_masks, self.image_size)
+        picture = self._choose_start(start_from, images)
+        if picture is not None:
+            _check_start_tensor(picture, images)
+            picture = picture.float()
         gt, keep_mask = images.float(), keep_masks.float()
-        x = self._sample(gt, keep_mask, seed, progress)
+        x = self._sample(gt, keep_mask, seed, progress, picture)
         return torch.where(keep_mask.cpu() == 1, gt.cpu(), x) if self.paste_known else x
 
     def _inpaint_pictures(
@@ -145,15 +179,36 @@ class Inpainter:
         keep_masks: Sequence[Image.Image],
         seed: int,
         progress: Progress | None,
+        start_from: Sequence[Image.Image] | None,
     ) -> list[Image.Image]:
         _check_pictures(images, keep_masks)
+        picture = starts = self._choose_start(start_from, images)
+        if starts is not None:
+            _check_start_pictures(starts, images)
+            prepared = [prepare(start, self.image_size) for start in starts]
+            picture = torch.stack([image_to_tensor(start) for start in prepared])
         originals = [prepare(image, self.image_size) for image in images]
         masks = torch.stack([mask_to_tensor(prepare(m, self.image_size)) for m in keep_masks])
         gt = torch.stack([image_to_tensor(original) for original in originals])
-        results = to_bytes(self._sample(gt, masks, seed, progress))
+        results = to_bytes(self._sample(gt, masks, seed, progress, picture))
         if self.paste_known:
             results = paste_known(results, np.stack(originals), masks)
         return [Image.fromarray(result) for result in results]
+
+    def _choose_start(self, given: Pictures | None, images: Pictures) -> Pictures | None:
+        """What to start from; None: pure noise. Raises ValueError if it is missing, or in vain."""
+        if given is not None and self.start_from == "noise":
+            raise ValueError(
+                "start_from was given, but the config has none; load it with "
+                "overrides=['start_from.t=N'], N a time of its schedule"
+            )
+        if given is None and self.start_from == "picture":
+            raise ValueError(
+                "the config has start_from.path, for the images of its dataset; give start_from, "
+                "pictures for these images, or load it with overrides=['start_from.path=null'] to "
+                "start from the images themselves"
+            )
+        return images if given is None and self.start_from == "image" else given
 
 
 class _Counter:
@@ -194,3 +249,25 @@ def _check_pictures(images: Sequence[Image.Image], keep_masks: Sequence[Image.Im
         raise ValueError(
             f"{len(images)} images and {len(keep_masks)} keep masks; give each image its mask"
         )
+
+
+def _check_start_tensor(starts: torch.Tensor, images: torch.Tensor) -> None:
+    if not isinstance(starts, torch.Tensor) or starts.shape != images.shape:
+        raise ValueError(f"start_from must be a tensor like the images, {tuple(images.shape)}")
+    if not starts.is_floating_point() or not (starts.abs() <= 1).all():
+        raise ValueError("start_from must be float numbers in [-1, 1]")
+
+
+def _check_start_pictures(starts: Sequence[Image.Image], images: Sequence[Image.Image]) -> None:
+    if not (
+        isinstance(starts, Sequence)
+        and all(isinstance(start, Image.Image) for start in starts)
+        and [*map(_upright_size, starts)] == [*map(_upright_size, images)]
+    ):
+        raise ValueError(
+            "start_from must be PIL images like the images, as many and of their sizes"
+        )
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    return ImageOps.exif_transpose(image).size

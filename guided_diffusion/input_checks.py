@@ -65,7 +65,8 @@ def check_pairs(pairs: Sequence[Pair], dataset: DatasetConfig, image_size: int) 
     Warns, one line a kind, of masks with grey values, of masks that are dim all over, that keep
     everything, nothing or little, and of masks that are not as large as their image; with
     fit: region, of holes that are larger than the network's square. Raises UserError that names
-    the first file that cannot be read, or, with fit: region, that has not the size of its image.
+    the first file that cannot be read, or that has not the size of its image, where it must: a
+    picture to start from, and, with fit: region, a mask.
     """
     inspect = _inspect_photo_mask if dataset.fit == "region" else _inspect_mask
 
@@ -73,8 +74,10 @@ def check_pairs(pairs: Sequence[Pair], dataset: DatasetConfig, image_size: int) 
         return inspect(read_mask(path, dataset.mask_convention), image_size)
 
     checked = list({(pair.image_path, pair.mask_path): pair for pair in pairs}.values())
-    images = _inspected([pair.image_path for pair in pairs], lambda path: read_rgb(path).size)
+    pictures = (path for pair in pairs for path in (pair.image_path, pair.start_path) if path)
+    images = _inspected(pictures, lambda path: read_rgb(path).size)
     masks = _inspected([pair.mask_path for pair in pairs], inspect_mask)
+    _check_starts(checked, images)
     for message in _messages(checked, images, masks, dataset, image_size):
         warnings.warn(message, UserWarning, stacklevel=2)
     return [masks[pair.mask_path].inputs for pair in pairs]
@@ -119,6 +122,20 @@ def _is_coloured(mask: Image.Image) -> bool:
     """More than what JPEG does to black and white."""
     lowest, highest = np.asarray(mask).min(axis=2), np.asarray(mask).max(axis=2)
     return bool((highest.astype(int) - lowest).max() > COLOUR)
+
+
+def _check_starts(pairs: Sequence[Pair], sizes: Mapping[str, Size]) -> None:
+    """Raises UserError where an image and the picture to start from differ in size."""
+    started = [pair for pair in pairs if pair.start_path]
+    unequal = [pair for pair in started if sizes[pair.start_path] != sizes[pair.image_path]]
+    if unequal:
+        image, start = unequal[0].image_path, unequal[0].start_path
+        shown = ["{}x{}".format(*sizes[path]) for path in (image, start)]
+        raise UserError(
+            f"{len(unequal)} of {len(pairs)} images differ in size from their start picture, first "
+            f"{image} ({shown[0]}) and {start} ({shown[1]}): start_from needs pictures in the size "
+            "of the images"
+        )
 
 
 def _kind(values: np.ndarray) -> str:

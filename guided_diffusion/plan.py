@@ -126,11 +126,18 @@ class Plan:
             f"batch size {self.batch_size}{' (auto)' * measured}",
             f"{counted(self.evaluations, 'network evaluation')} per "
             f"{self.input_noun}, {self.total_evaluations:,} in all{self._regions()}",
+            *([f"starts from {self.start}, not from pure noise"] if self.start else []),
             f"seed {seed} (to repeat this run: --set seed={seed})",
             f"device {device}, {speed.describe()}",
             *self._earlier_results(),
         ]
         return "\n".join(lines)
+
+    @property
+    def start(self) -> str:
+        """What sampling starts from in place of pure noise, in words; "" if it does not."""
+        start = self.config.start_from
+        return f"{start.path or 'the images themselves'}, noised to t = {start.t}" if start else ""
 
     def _regions(self) -> str:
         if self.dataset.fit != "region":
@@ -191,6 +198,7 @@ def counted(number: int, noun: str) -> str:
 _NO_SETTINGS = (
     *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),
     *("device", "fast", "precision", "compile", "cuda_graph", "use_fp16", "log_every"),
+    "start_from.path",
 )
 _DATASET_SETTINGS = ("fit", "mask_convention")  # those of `data` that change pixels
 
@@ -226,7 +234,7 @@ class Identity:
         Without those at their defaults, so that a key that comes to be known changes nothing.
         """
         tree = to_yaml_dict(self.config, defaults=False)
-        settings = dict(_flat({k: v for k, v in tree.items() if k not in _NO_SETTINGS}))
+        settings = {k: v for k, v in _flat(tree) if not {k, k.split(".")[0]} & {*_NO_SETTINGS}}
         dataset = {key: getattr(self.config.dataset, key) for key in _DATASET_SETTINGS}
         settings |= {k: v for k, v in dataset.items() if v != getattr(DatasetConfig, k)}
         digests = {key: checkpoint["sha256"] for key, checkpoint in self.checkpoints.items()}
@@ -288,7 +296,9 @@ def make_plan(
     if dataset is None:
         raise UserError(f"{config.source}: data.eval: missing; name one dataset")
     identity.start_hashing()
-    pairs = find_pairs(dataset.gt_path, dataset.mask_path, dataset.offset, dataset.max_len)
+    pairs = find_pairs(
+        dataset.gt_path, dataset.mask_path, dataset.offset, dataset.max_len, config.start_path
+    )
     for folder in [dataset.inpainted_dir, *companion_folders(dataset)]:
         _check_output_folder(folder)
     if not dry_run and storage.is_dir(records.folder):
@@ -337,7 +347,12 @@ def _seed(config: Config, history: History, overwrite: bool) -> int:
 
 def _make_tasks(config: Config, pairs: Sequence[Pair]) -> list[Task]:
     """Raises UserError for a file that cannot be read."""
-    paths = (path for pair in pairs for path in (pair.image_path, pair.mask_path))
+    paths = (
+        path
+        for pair in pairs
+        for path in (pair.image_path, pair.mask_path, pair.start_path)
+        if path
+    )
     digest = for_each(paths, input_digest)
     samples, seed = config.samples_per_image, config.seed
     return [
@@ -349,6 +364,7 @@ def _make_tasks(config: Config, pairs: Sequence[Pair]) -> list[Task]:
                 flip=config.dataset.random_flip and flip_decision(seed, pair.index),
                 image=digest[pair.image_path],
                 mask=digest[pair.mask_path],
+                start=pair.start_path and digest[pair.start_path],
             ),
             is_first_sample=sample == 0,
         )

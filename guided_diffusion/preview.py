@@ -28,7 +28,7 @@ def write_preview(config: Config, out: str) -> str:
     if not out.lower().endswith(".png"):
         raise UserError(f"--preview {out}: accepted: the path of a PNG, such as preview.png")
     d, size = config.dataset, config.network.image_size
-    pairs = find_pairs(d.gt_path, d.mask_path, d.offset, d.max_len)
+    pairs = find_pairs(d.gt_path, d.mask_path, d.offset, d.max_len, config.start_path)
     _check_apart(out, pairs, d)
     check_pairs(pairs, d, size)
     shown = pairs[:MOST]
@@ -44,7 +44,7 @@ def write_preview(config: Config, out: str) -> str:
 def _check_apart(out: str, pairs: Sequence[Pair], d: DatasetConfig) -> None:
     """Raises UserError where the preview would replace an input or a result."""
     target = os.path.realpath(out)
-    inputs = {path for pair in pairs for path in (pair.image_path, pair.mask_path)}
+    inputs = {path for p in pairs for path in (p.image_path, p.mask_path, p.start_path) if path}
     if target in map(os.path.realpath, inputs):
         raise UserError(f"--preview {out}: this is one of the inputs; give another path")
     folders = filter(None, (d.inpainted_dir, d.gt_masked_dir, d.gt_dir, d.keep_mask_dir))
@@ -101,12 +101,12 @@ def _overlaid(
 
 
 def _seen(view: View) -> np.ndarray:
-    """A view, uint8 (S, S, 3), chequered where the network is to fill in."""
+    """A view, uint8 (S, S, 3); where the network is to fill in, its start picture, or chequered."""
     size = view.image.shape[-1]
     dark = (np.indices((size, size)) // max(1, size * SQUARES // CELL)).sum(0) % 2
     chequered = np.repeat((230 - 60 * dark).astype(np.uint8)[..., None], 3, axis=2)
-    m = view.keep_mask
-    return to_bytes((view.image * m + image_to_tensor(chequered) * (1 - m))[None])[0]
+    m, ground = view.keep_mask, image_to_tensor(chequered) if view.start is None else view.start
+    return to_bytes((view.image * m + ground * (1 - m))[None])[0]
 
 
 def _tiled(views: Sequence[np.ndarray]) -> np.ndarray:

@@ -37,6 +37,11 @@ class Origin:
     flip: bool
     image: str  # SHA-256 of the file
     mask: str
+    start: str | None = None  # of the picture to start from; None: pure noise
+
+    def content(self) -> dict[str, Any]:
+        """As it is recorded: without `start` where there is none, as before that was known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def differences(self, now: Origin) -> str:
         """How another origin of the same result differs, in words; "" if it does not."""
@@ -44,6 +49,8 @@ class Origin:
             return "the image changed"
         if self.mask != now.mask:
             return "the mask changed"
+        if self.start != now.start:
+            return "the start picture changed"
         if self.stream != now.stream:
             return "the seed changed, or its place among the images"
         return "random_flip changed" if self.flip != now.flip else ""
@@ -80,7 +87,9 @@ class History:
         elif "redo" in line:
             self.results.pop(line["name"], None)
         else:
-            origin = Origin(**{name: line[name] for name in Origin.__annotations__})
+            origin = Origin(
+                line["stream"], line["flip"], line["image"], line["mask"], line.get("start")
+            )
             self.results[line["name"]] = Result(
                 run, line["digest"], origin, line["bytes"], line["seconds"], line.get("inputs", 1)
             )
@@ -174,7 +183,7 @@ class Records:
     def finished(self, name: str, result: Result) -> None:
         """Note that a result is written. Raises OSError."""
         line = {"run": result.run, "name": name, "digest": result.digest}
-        line |= asdict(result.origin) | {"bytes": result.bytes, "seconds": result.seconds}
+        line |= result.origin.content() | {"bytes": result.bytes, "seconds": result.seconds}
         line["inputs"] = result.inputs
         self._append(line)
 
@@ -186,7 +195,7 @@ class Records:
 
         part: of the batch, where it is sampled in several.
         """
-        key = digest_of([STATES, digest, [asdict(origin) for origin in origins], *part])
+        key = digest_of([STATES, digest, [origin.content() for origin in origins], *part])
         return f"{self.folder}/unfinished/{key}.state"
 
     def forget_states(self) -> None:
@@ -236,7 +245,7 @@ def _read_lines(path: str) -> Iterator[dict[str, Any]]:
 
 _TYPES = {
     **dict.fromkeys(("run", "seed", "stream", "bytes", "inputs"), int),
-    **dict.fromkeys(("name", "redo", "digest", "image", "mask"), str),
+    **dict.fromkeys(("name", "redo", "digest", "image", "mask", "start"), str),
     **{"settings": dict, "flip": bool, "seconds": (int, float)},
 }
 

@@ -1,7 +1,8 @@
 """Photos of any size: squares around the holes for the network, and their results back into them.
 
-`find_regions` chooses the squares, `cut_image` and `cut_keep` scale one to the network's size
-S = image_size, and `paste` puts results back: pixels outside the holes stay as they are.
+`find_regions` chooses the squares, `cut_image`, `cut_keep` and `cut_start` scale one to the
+network's size S = image_size, and `paste` puts results back: pixels outside the holes stay as they
+are.
 
 A photo is uint8 (H, W, 3); keep is bool (H, W), False in the holes.
 """
@@ -230,6 +231,18 @@ def cut_keep(keep: np.ndarray, region: Region, image_size: int) -> np.ndarray:
     return keep
 
 
+def cut_start(photo: np.ndarray, region: Region, image_size: int) -> np.ndarray:
+    """A region of a complete photo to start from, uint8 (S, S, 3), scaled as `pictures` does.
+
+    Where it reaches beyond the photo, the photo's edge goes on.
+    """
+    rows, columns = (
+        np.clip(np.arange(first, first + region.side), 0, length - 1)
+        for first, length in zip((region.top, region.left), photo.shape[:2], strict=True)
+    )
+    return _scaled(photo[np.ix_(rows, columns)], image_size)
+
+
 def _square(array: np.ndarray, region: Region) -> np.ndarray:
     """The region's square of a photo or mask; 0 or False outside of it."""
     rows, square_rows = _overlap(region.top, region.side, array.shape[0])
@@ -239,8 +252,8 @@ def _square(array: np.ndarray, region: Region) -> np.ndarray:
     return square
 
 
-def _scaled(channel: np.ndarray, image_size: int) -> np.ndarray:
-    return resize_and_crop(Image.fromarray(channel), image_size)
+def _scaled(picture: np.ndarray, image_size: int) -> np.ndarray:
+    return resize_and_crop(Image.fromarray(picture), image_size)
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:

@@ -93,24 +93,31 @@ def repaint(
     *,
     inject_known: bool = True,
     time_shift: int = 1,
+    picture: torch.Tensor | None = None,
     start: SamplerState | None = None,
     after_evaluation: Callable[[Evaluation], None] | None = None,
 ) -> torch.Tensor:
     """Draw x_0 ~ p(x_0 | known pixels), approximately.
 
-    denoise: (x_t, t) -> p(x_{t-1} | x_t). times: from t_T − 1 to −1, see `scheduler`.
+    denoise: (x_t, t) -> p(x_{t-1} | x_t). times: from t_T − 1, or with a picture from any
+    time, to −1, see `scheduler`.
     gt: (B, C, H, W) in [-1, 1]. keep_mask: the same shape, 1 = known, 0 = to be filled in.
     inject_known: False samples freely, whatever gt. time_shift: re-noising from t takes the β of
-    step t + time_shift. start: where an earlier run was stopped; None: at the beginning.
+    step t + time_shift. picture: complete, of gt's shape and range, to be noised to the first of
+    the times; None: pure noise. start: where an earlier run was stopped; None: at the beginning.
     after_evaluation: called after each one; what it raises stops the sampler.
     Returns (B, C, H, W), about [-1, 1]; known pixels are the network's, close to gt.
     """
     m = keep_mask
-    if start is None:
-        first, x = 0, streams.normal(gt)  # x_T ~ N(0, I)
-    else:
+    if start is not None:
         first, x = start.position, start.x.to(gt.device)
         streams.set_state(start.streams)
+    elif picture is None:
+        first, x = 0, streams.normal(gt)  # x_T ~ N(0, I)
+    else:  # x_t ~ q(x_t | picture)
+        first, x = 0, diffusion.q_sample(picture, times[0], streams.normal(gt))
+
+    first_merge = 1 if picture is None else 0  # pure noise is the same everywhere
 
     for i, (t, u) in islice(enumerate(pairwise(times)), first, None):
         if u > t:  # back in time: x_{t+1} ~ N(sqrt(1 − β) x_t, β I)
@@ -120,7 +127,7 @@ def repaint(
 
         n = streams.normal(x)
 
-        if inject_known and i > 0:  # the known region at this noise level (eq. 8a, 8c)
+        if inject_known and i >= first_merge:  # the known region at this noise level (eq. 8a, 8c)
             abar = diffusion.at("alphas_cumprod", t)
             x_known = abar.sqrt() * gt + (1 - abar).sqrt() * streams.normal(x)
             x = m * x_known + (1 - m) * x

@@ -240,6 +240,7 @@ def _write_report(plan: Plan, identity: Identity, seconds: dict[str, float]) -> 
         "Model": config.model_path,
         "Images": f"{plan.images:,}",
         f"Evaluations per {plan.input_noun}": f"{plan.evaluations:,}",
+        **({"Starts from": plan.start} if plan.start else {}),
         "Seed": f"{config.seed}",
         "Computed on": f"{identity.device}, {identity.speed.describe()}",
     }

@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,16 @@ def jump_times(params: ScheduleConfig) -> list[int]:
 def plain_times(num_timesteps: int) -> list[int]:
     """Ancestral sampling without resampling: every time once."""
     return list(range(num_timesteps - 1, -2, -1))
+
+
+def times_from(times: list[int], t: int) -> list[int]:
+    """The part of a walk at or below time t: from t to −1.
+
+    Where the walk goes above t and comes back, it stays at t instead, so that each neighbouring
+    pair is one transition still; a jump that would end above t ends at t.
+    """
+    below = [time for time in times if time <= t]
+    return [time for time, _ in groupby(below)]
 
 
 def count_evaluations(times: list[int]) -> int:
@@ -175,9 +185,11 @@ def schedules_of(conf_paths: list[str]) -> dict[str, list[int]]:
 def _times(config: Config) -> list[int]:
     """What the sampler walks."""
     if config.schedule:
-        return jump_times(config.schedule)
-    counts = [int(count) for count in re.findall("[0-9]+", config.diffusion.timestep_respacing)]
-    return plain_times(sum(counts) or config.diffusion.diffusion_steps)
+        times = jump_times(config.schedule)
+    else:
+        counts = [int(count) for count in re.findall("[0-9]+", config.diffusion.timestep_respacing)]
+        times = plain_times(sum(counts) or config.diffusion.diffusion_steps)
+    return times_from(times, config.start_from.t) if config.start_from else times
 
 
 def _costs(times: list[int]) -> str:

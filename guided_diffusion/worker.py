@@ -123,11 +123,13 @@ class Worker:
         else:
             self.report.skip(self.inpainter.evaluations_before(start))
         views = [each.example.view(each.k) for each in inputs]
+        pictures = [view.start for view in views]  # all, or none
         try:
             x = self.inpainter.sample(
                 torch.stack([view.image for view in views]),
                 torch.stack([view.keep_mask for view in views]),
                 [each.stream for each in inputs],
+                picture=None if pictures[0] is None else torch.stack(pictures),
                 start=start,
                 after_evaluation=self._after_evaluation(inputs, state_path),
             )
@@ -254,8 +256,9 @@ def load(task: Task, plan: Plan) -> Crop | Photo:
     for path, digest in (
         (task.pair.image_path, task.origin.image),
         (task.pair.mask_path, task.origin.mask),
+        (task.pair.start_path, task.origin.start),
     ):
-        if input_digest(path) != digest:
+        if path and input_digest(path) != digest:
             raise UserError(f"{path} changed during the run; run the same command again")
     return example
 

@@ -70,7 +70,7 @@ class FakeInpainter:
     def evaluations_before(self, state: SamplerState) -> int:
         return state.position
 
-    def sample(self, gt, keep_mask, seeds, *, start=None, after_evaluation):
+    def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
         assert gt.shape == keep_mask.shape == (len(seeds), 3, SIZE, SIZE)
         self.seeds.append(list(seeds))
         self.starts.append(start)
@@ -398,7 +398,7 @@ def test_the_estimate_is_made_anew_after_a_failed_batch(folder, capsys):
     class Timed(FakeInpainter):
         """A second for an evaluation of one image; in a batch, half of it for each."""
 
-        def sample(self, gt, keep_mask, seeds, *, start=None, after_evaluation):
+        def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
             def tick(evaluation):
                 clock[0] += 1 if len(seeds) == 1 else len(seeds) / 2
                 after_evaluation(evaluation)
@@ -419,7 +419,7 @@ def test_the_estimate_does_not_mix_batches_that_failed_with_others(folder, capsy
     clock = [0.0]
 
     class Timed(FakeInpainter):
-        def sample(self, gt, keep_mask, seeds, *, start=None, after_evaluation):
+        def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
             def tick(evaluation):
                 clock[0] += 100 if len(seeds) > 1 else 1
                 after_evaluation(evaluation)
@@ -693,7 +693,7 @@ class Eventful(FakeInpainter):
     attempt: int = 0
     position: int = 4  # after so many evaluations
 
-    def sample(self, gt, keep_mask, seeds, *, start=None, after_evaluation):
+    def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
         def happen(evaluation: Evaluation) -> None:
             if (len(self.seeds) - 1, evaluation.position) == (self.attempt, self.position):
                 self.event()
@@ -747,7 +747,7 @@ def test_the_state_is_saved_in_time(folder):
     class Timed(FakeInpainter):
         """100 seconds for an evaluation; the ninth never ends."""
 
-        def sample(self, gt, keep_mask, seeds, *, start=None, after_evaluation):
+        def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
             def tick(evaluation):
                 clock[0] += 100
                 if evaluation.position == 9:

@@ -383,13 +383,13 @@ def out_of_memory_above(images: int) -> Callable[..., torch.Tensor]:
     """`Inpainter.sample` on a GPU that holds so many images."""
     sample = Inpainter.sample
 
-    def sample_few(inpainter, gt, keep_mask, seeds, *, start, after_evaluation):
+    def sample_few(inpainter, gt, keep_mask, seeds, *, after_evaluation, **keys):
         def run_out(evaluation):
             after_evaluation(evaluation)
             if len(seeds) > images:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-        return sample(inpainter, gt, keep_mask, seeds, start=start, after_evaluation=run_out)
+        return sample(inpainter, gt, keep_mask, seeds, after_evaluation=run_out, **keys)
 
     return sample_few
 

@@ -227,6 +227,7 @@ def test_defaults(write):
         "use_ddim": False,
         "ddim_eta": 0.0,
         "schedule": None,
+        "start_from": None,
         "inpa_inj_sched_prev": True,
         "inpa_inj_time_shift": 1,
         "classifier": None,

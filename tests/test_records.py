@@ -332,7 +332,7 @@ def test_the_path_of_a_state_depends_on_all_that_it_follows_from(ranks, folder):
         *(path(batch=[first, BATCH[1]]) for first in changed),
         *(path(batch=[BATCH[0], second]) for second in changed),
     ]
-    assert len({path(), *others}) == 1 + len(others) == 14
+    assert len({path(), *others}) == 1 + len(others) == 16
 
 
 def test_a_state_comes_back_to_the_bit(tmp_path):
