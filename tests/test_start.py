@@ -512,12 +512,23 @@ def test_a_start_picture_that_changes_during_the_run_ends_it(plan_case):
 
 
 def test_records_and_states_from_pure_noise_are_those_of_earlier_versions(tmp_path):
-    """Lines do not name what there is none of, and the state's name is one that such a version gave."""
+    """Lines do not name a start, and the state's name is one that such a version gave."""
     case = PlanCase(tmp_path)
     case.finish()
     lines = map(json.loads, Path(case.records.path).read_text().splitlines())
     (keys,) = {tuple(line) for line in lines if "bytes" in line}
-    assert keys == ("run", "name", "digest", "stream", "flip", "image", "mask", "bytes", "seconds", "inputs")
+    assert keys == (
+        "run",
+        "name",
+        "digest",
+        "stream",
+        "flip",
+        "image",
+        "mask",
+        "bytes",
+        "seconds",
+        "inputs",
+    )
     origin = Origin(stream=7, flip=False, image="1f", mask="2e")
     path = Records("out/results").state_path("a1b2", [origin, replace(origin, stream=8)], 1)
     assert Path(path).name == "50e4347a88b574d8cedd6626724ef9e5.state"
