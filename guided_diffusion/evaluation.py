@@ -188,6 +188,11 @@ def evaluate(
     """
     pairs = find_pairs(results_dir, gt_dir, masks_dir)
     rows = [Row(pair.name, len(pair.results), _distortion(pair)) for pair in pairs]
+    if masks_dir and not any(f"{HOLE}ssim" in row.figures for row in rows):
+        raise UserError(
+            f"SSIM has no value for the hole of {pairs[0].mask}, which lies within 5 pixels of the "
+            "edge, nor for any other; leave out --masks"
+        )
     if networks:  # last, since it takes the time
         for pair, row in zip(with_progress(pairs), rows, strict=True):
             row.figures.update(perceptual(pair, networks))
@@ -204,11 +209,6 @@ def _distortion(pair: Pair) -> Figures:
     truth, results, hole = _read(pair)
     if min(truth.shape[:2]) < distortion.SIDE:
         raise UserError(f"{pair.truth} is too small: SSIM needs 11 or more pixels on each side")
-    if hole is not None and not distortion.inside(hole).any():
-        raise UserError(
-            f"SSIM has no value for the hole of {pair.mask}, which lies within 5 pixels of the "
-            "edge; remove the image, or leave out --masks"
-        )
     return _mean([_distortion_of(result, truth, hole) for result in results])
 
 
@@ -222,7 +222,8 @@ def _distortion_of(result: np.ndarray, truth: np.ndarray, hole: np.ndarray | Non
     if hole is not None:
         figures[f"{HOLE}l1"] = distortion.l1(result, truth, hole)
         figures[f"{HOLE}psnr"] = distortion.psnr(result, truth, hole)
-        figures[f"{HOLE}ssim"] = float(similarity[distortion.inside(hole)].mean())
+        if distortion.inside(hole).any():
+            figures[f"{HOLE}ssim"] = float(similarity[distortion.inside(hole)].mean())
     return figures
 
 
@@ -312,6 +313,13 @@ class Evaluation:
         each = f", {' or '.join(map(str, samples))} samples of each" if samples != [1] else ""
         interval = " [95 % bootstrap interval over images]" if self.rows[1:] else ""
         notes = [f"{len(self.rows)} image{'s' * bool(self.rows[1:])}{each}: mean{interval}."]
+        ssim = f"{HOLE}ssim"
+        lacking = [row.name for row in self.rows if ssim not in row.figures]
+        if ssim in summary and lacking:
+            notes.append(
+                f"SSIM over the hole leaves out {len(lacking)}, first {lacking[0]}: there the hole "
+                "lies within 5 pixels of the edge."
+            )
         for area, where in (("", "the whole image"), (HOLE, "the hole")):
             psnr = summary.get(f"{area}psnr")
             if psnr and psnr.number < len(self.rows):

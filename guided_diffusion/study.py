@@ -44,7 +44,7 @@ FIGURES = {  # column of the evaluation -> its head, decimal places
     "hole_l1": ("L1 (of 255)", 2),
     "hole_psnr": ("PSNR (dB)", 2),
     "hole_ssim": ("SSIM", 4),
-    "lpips_alex": ("LPIPS (AlexNet)", 4),
+    "lpips_alex": ("LPIPS (AlexNet), whole image", 4),
 }
 
 
@@ -253,14 +253,18 @@ class Study:
     ) -> bytes:
         figure = _import_figure()(figsize=(7, 4.5), layout="constrained")
         axes: Axes = figure.add_subplot()
-        for label, cells in lines.items():
+        ticks = sorted({x_of(cell) for cells in lines.values() for cell in cells})
+        gap = (ticks[-1] - ticks[0]) / 100  # else intervals would hide each other
+        for number, (label, cells) in enumerate(lines.items()):
             errors = [self.cells[cell].figures["hole_l1"] for cell in cells]
-            means = [error.mean for error in errors]
+            xs = [x_of(cell) + (number - (len(lines) - 1) / 2) * gap for cell in cells]
             reach = [[e.mean - e.low for e in errors], [e.high - e.mean for e in errors]]
-            axes.errorbar([x_of(cell) for cell in cells], means, reach, label=label, marker="o")
-        axes.set(xlabel=xlabel, ylabel="mean absolute error in the hole (of 255)")
-        axes.set_ylim(bottom=0)
-        axes.legend()
+            axes.errorbar(xs, [e.mean for e in errors], reach, label=label, marker="o")
+        axes.set(xlabel=xlabel, ylabel="mean absolute error in the hole (of 255)", yscale="log")
+        axes.set_xticks(ticks)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         picture = io.BytesIO()
         figure.savefig(picture, dpi=120, format="png")
         return picture.getvalue()

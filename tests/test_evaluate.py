@@ -522,12 +522,18 @@ def test_a_mask_without_a_hole(two):
 def test_a_hole_where_no_window_of_ssim_fits(two):
     mask = np.full((SIZE, SIZE), 255, np.uint8)
     mask[:5] = 0
-    save(Path("masks/a.png"), mask)
+    for name in ("a", "sub/b"):
+        save(Path(f"masks/{name}.png"), mask)
     message = "SSIM has no value for the hole of masks/a.png, which lies within 5 pixels of the"
     assert two.refuse("--masks", "masks").startswith(message)
     mask[5] = 0
+    save(Path("masks/sub/b.png"), mask)
+    ran = two.measure("--masks", "masks", "--out", "m.csv")
+    assert "SSIM over the hole leaves out 1, first a: there the hole lies within 5" in ran.out
+    cells = {row["image"]: row["hole_ssim"] for row in read_csv("m.csv")}
+    assert cells["a"] == "" and 0 <= float(cells["sub/b"]) <= 1
     save(Path("masks/a.png"), mask)
-    assert two.measure("--masks", "masks").status == 0
+    assert "leaves out" not in two.measure("--masks", "masks").out
 
 
 def test_pictures_too_small_for_ssim(case):
