@@ -205,15 +205,28 @@ def swipe(page: Chrome, x: int, y: int) -> None:
     page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
+def rest(page: Chrome) -> float:
+    """Where the page is scrolled to, once that does not change any more."""
+    positions = [None]
+
+    def stands(page: Chrome) -> bool:
+        positions.append(page.execute_script("return scrollY"))
+        return positions[-1] == positions[-2]
+
+    WebDriverWait(page, 10, poll_frequency=0.3).until(stands)
+    return positions[-1]
+
+
 def test_a_finger_drags_it_or_scrolls_the_page_past_it(page):
     find(page, "input").send_keys(Keys.ARROW_RIGHT * 10)
     page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
     swipe(page, 0, -200)
-    WebDriverWait(page, 5).until(lambda _: page.execute_script("return scrollY") > 100)
+    assert rest(page) > 100
     page.execute_script("scrollTo(0, 0)")
+    assert rest(page) == 0  # else the finger would miss the comparison
     assert share(page) == pytest.approx(0.6, abs=0.01)
     swipe(page, find(page, ".stage").size["width"] // 4, 0)
-    assert share(page) == pytest.approx(0.75, abs=0.01)
+    WebDriverWait(page, 10).until(lambda _: share(page) == pytest.approx(0.75, abs=0.01))
     page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
 
 
