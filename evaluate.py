@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--gt", metavar="DIR", help="the truth, pictures of the same names and sizes")
     add("--masks", metavar="DIR", help="white = known, black = hole; measures the hole as well")
     add("--paper", nargs="+", metavar="DIR", help="folders of runs: the paper's table beside ours")
-    study_help = "inpaint portraits with the embedded model, measure, write a page (an hour)"
+    study_help = "inpaint portraits with the embedded model, measure, write a page (up to an hour)"
     add("--run-study", choices=["portraits"], help=study_help)
     out_help = "write the figures as CSV: a line an image, or a cell; of a study, the page (.md)"
     add("--out", metavar="FILE", help=out_help)

@@ -47,8 +47,8 @@ _WARNINGS = {
         "of the photo; use fit: crop"
     ),
     "coloured": (
-        "are in colour, so that red, green and blue are kept or filled in each on its own; if they "
-        "are photos, gt_path and mask_path may be swapped; if not, make them black and white: "
+        "are in colour, of which more or less may be kept than one sees; if they are photos, "
+        "gt_path and mask_path may be swapped; if not, make them black and white: "
         "python -m guided_diffusion.masks threshold"
     ),
     "white": (
@@ -62,9 +62,10 @@ _WARNINGS = {
 def check_pairs(pairs: Sequence[Pair], dataset: DatasetConfig, image_size: int) -> list[int]:
     """Read every image and mask once, and count the inputs of the network that each pair makes.
 
-    Warns, one line a kind, of masks with grey values, of masks that are dim all over, that keep
+    Warns, one line a kind, of masks in grey or in colour, of masks that are dim all over, that keep
     everything, nothing or little, and of masks that are not as large as their image; with
-    fit: region, of holes that are larger than the network's square. Raises UserError that names
+    fit: region, of holes that are larger than the network's square, and of masks that leave the
+    network nothing to see. Raises UserError that names
     the first file that cannot be read, or that has not the size of its image, where it must: a
     picture to start from, and, with fit: region, a mask.
     """

@@ -190,7 +190,7 @@ class Records:
     def _append(self, *lines: dict[str, Any]) -> None:
         storage.append_line(self.path, "\n".join(map(json.dumps, lines)))
 
-    def state_path(self, digest: str, origins: Sequence[Origin], *part: int | str) -> str:
+    def state_path(self, digest: str, origins: Sequence[Origin], *part: int) -> str:
         """Where the sampler's state for a batch goes; the name says all that it follows from.
 
         part: of the batch, where it is sampled in several.

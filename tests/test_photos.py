@@ -93,7 +93,7 @@ def test_the_first_regions_are_a_batch_then_the_second(whole):
 
 
 def test_each_region_has_random_numbers_of_its_own(tmp_path):
-    """Two photos alike in all but the place of their only hole differ; so do two holes alike."""
+    """Two holes in a photo of one colour are filled differently."""
     case = photo_case(tmp_path)
     Image.new("RGB", (101, 67), "grey").save(tmp_path / "gts" / "a.png")
     first, second = (case.finish()["a.png"][y : y + 9, x : x + 9] for x, y in ((10, 12), (90, 50)))
