@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cache
 from itertools import chain
@@ -121,6 +121,50 @@ class StartConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentUNetConfig:
+    """The denoiser of latents (U-Net). The defaults are those of the published model."""
+
+    image_size: Count = 64  # nominal side of a latent; any other one works as well
+    in_channels: Count = 7  # the noisy latent, the masked picture's latent and the hole
+    out_channels: Count = 3  # of a latent
+    model_channels: Count = 256  # base width; level i is channel_mult[i] times as wide
+    attention_resolutions: Sizes = (8, 4, 2)  # downsampling rates, not sides
+    num_res_blocks: Count = 2  # per level
+    channel_mult: WholeMultiples = (1, 2, 3, 4)
+    num_heads: Count = 8
+    resblock_updown: Flag = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """From pictures to latents and back (VQ). The defaults are those of the published model."""
+
+    attn_type: OnlyNone = "none"
+    double_z: OnlyFalse = False
+    z_channels: Count = 3  # between encoder and quant_conv
+    resolution: Count = 256  # no effect: any size works
+    in_channels: Colours = 3
+    out_ch: Colours = 3
+    ch: Count = 128  # base width; level i is ch_mult[i] times as wide
+    ch_mult: WholeMultiples = (1, 2, 4)  # each level but the last halves the sides
+    num_res_blocks: Count = 2  # per level
+    attn_resolutions: OnlyEmpty = ()
+    dropout: Share = 0.0  # no effect: it is for training
+    n_embed: Count = 8192  # codes in the codebook
+    embed_dim: Count = 3  # channels of a latent, and of a code
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Latent diffusion: the steps of its sampler, and its two networks."""
+
+    image_size: Count | None = None  # side of the square; None = pictures as they are
+    ddim_steps: DDIMSteps = 50
+    unet: LatentUNetConfig = LatentUNetConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """Where images and masks come from, and where results go."""
 
@@ -157,9 +201,11 @@ class Config:
 
     source: str = field(compare=False)  # the YAML file
     name: Text  # left out: the file's own
-    model_path: FilePath  # or URL: the state dict of the denoiser
-    network: NetworkConfig
-    diffusion: DiffusionConfig
+    model_path: FilePath  # or URL: the state dict of the denoiser; with latent, of all networks
+    method: Literal["pixel", "latent"] = "pixel"
+    latent: LatentConfig | None = None  # None = method pixel
+    network: NetworkConfig | None  # None = method latent
+    diffusion: DiffusionConfig | None  # None = method latent
     clip_denoised: Flag = True  # clamp the predicted x_0 to [-1, 1]
     use_ddim: Flag = False  # DDIM's steps down instead of the ancestral ones
     ddim_eta: NotNegative = 0.0  # their noise: 0 = none, 1 = the posterior's
@@ -178,6 +224,18 @@ class Config:
     checkpoint_every: NotNegative = 300  # seconds after which a picture's state is saved
     log_every: CountOrZero = 0  # transitions after which the process is shown; 0 = never
     dataset: DatasetConfig | None
+
+    @property
+    def image_size(self) -> int | None:
+        """Side of the square that pictures become for the network; None: they stay as they are."""
+        return self.latent.image_size if self.latent else self.network.image_size
+
+    @property
+    def known_from(self) -> int | None:
+        """Level of the mask (0 to 255) from which the input's own bytes come out; None: never."""
+        if self.latent:
+            return 128
+        return 255 if self.paste_known else None
 
     @property
     def start_path(self) -> str | None:
@@ -283,11 +341,19 @@ def _whole(low: int, high: int = _END) -> _Kind:
     return _number(int, f"a whole number {bounds}", lambda n: low <= n <= high)
 
 
+def _items(node: yaml.Node) -> list[str]:
+    """The members of a list, which may be written as `[4, 2]` or as `'4,2'`."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_text(item) for item in node.value]
+    text = _text(node)
+    return text.split(",") if text else []
+
+
 def _numbers(cast: type, accepts: str, valid: Callable[[Any], bool]) -> _Kind:
     def read(node: yaml.Node) -> tuple:
-        return tuple(cast(number) for number in _text(node).split(","))
+        return tuple(cast(number) for number in _items(node))
 
-    return _kind(accepts, read, lambda numbers: all(map(valid, numbers)))
+    return _kind(accepts, read, lambda numbers: numbers and all(map(valid, numbers)))
 
 
 def _matching(pattern: str, accepts: str) -> _Kind:
@@ -309,7 +375,7 @@ def _or_auto(kind: _Kind) -> _Kind:
 
 
 def _empty_or(kind: _Kind) -> _Kind:
-    return _Kind(f"'' or {kind.accepts}", lambda node: kind.parse(node) if _text(node) else ())
+    return _Kind(f"'' or {kind.accepts}", lambda node: kind.parse(node) if _items(node) else ())
 
 
 def _only_false(why: str) -> _Kind:
@@ -347,6 +413,24 @@ Multiples = Annotated[
     tuple[float, ...],
     _empty_or(_numbers(float, "numbers > 0, such as '1,2,2,4'", lambda x: 0 < x < 1000)),
 ]
+WholeMultiples = Annotated[
+    tuple[int, ...],
+    _numbers(int, "whole numbers from 1 to 999, such as '1,2,4'", lambda n: 1 <= n < 1000),
+]
+DDIMSteps = Annotated[int, _whole(1, 1000)]
+Colours = Annotated[int, _number(int, "3 (red, green and blue)", lambda n: n == 3)]
+OnlyFalse = Annotated[bool, _only_false("KL autoencoders are not supported")]
+OnlyNone = Annotated[
+    str, _matching("none", "only none, because attention in the autoencoder is not supported")
+]
+OnlyEmpty = Annotated[
+    tuple[()],
+    _kind(
+        "only [], because attention in the autoencoder is not supported",
+        lambda node: tuple(_items(node)),
+        lambda items: not items,
+    ),
+]
 Rates = Annotated[
     tuple[float, ...],
     _numbers(float, "numbers >= 0 and < 1, such as '0.99,0.9999'", lambda x: 0 <= x < 1),
@@ -366,6 +450,8 @@ _PREFIXES = {
     ClassifierConfig: "classifier_",
     ScheduleConfig: "schedule_jump_params.",
     StartConfig: "start_from.",
+    LatentUNetConfig: "latent.unet.",
+    AutoencoderConfig: "latent.autoencoder.",
     DatasetConfig: "data.eval.*.",
 }
 _YAML_NAMES = {
@@ -382,7 +468,10 @@ _NO_EFFECT = {
     "inpa_inj_sched_prev_cumnoise": _only_false("cumulative noise is not supported"),
     "respace_interpolate": _only_false("interpolated respacing is not supported"),
 }
-_NO_EFFECT_IN_TRAINING = {"use_ddim": _only_false("it is for sampling with test.py")}
+_NO_EFFECT_IN_TRAINING = {
+    "use_ddim": _only_false("it is for sampling with test.py"),
+    "method": _matching("pixel", "only pixel, because train.py trains models of pixels"),
+}
 _NO_EFFECT_IN_DATASET = {
     "data.eval.*.ds_conf": _ANYTHING,
     "data.eval.*.mask_loader": _ANYTHING,
@@ -423,13 +512,72 @@ def _vocabulary(*classes: type) -> dict[str, _Kind]:
     return {_key(cls, name): kind for cls in classes for name, kind in _kinds(cls).items()}
 
 
-_DENOISER = _vocabulary(NetworkConfig, DiffusionConfig) | _NO_EFFECT
-_TRAINING = _vocabulary(TrainingConfig, TrainingParams) | _DENOISER | _NO_EFFECT_IN_TRAINING
-_SAMPLING = (
-    _vocabulary(Config, SpeedConfig, ClassifierConfig, ScheduleConfig, StartConfig, DatasetConfig)
-    | _DENOISER
-    | _NO_EFFECT_IN_DATASET
+_NO = "method: latent {}; remove it".format
+_INSTEAD = "method: latent takes {} instead".format
+# What to do with keys of method pixel where the method is latent.
+_NOT_LATENT = {
+    **dict.fromkeys(_vocabulary(NetworkConfig), _NO("has no such choice")),
+    **dict.fromkeys(_vocabulary(DiffusionConfig), _NO("has a diffusion process of its own")),
+    **dict.fromkeys(_vocabulary(ScheduleConfig), _NO("does not resample")),
+    **dict.fromkeys(_vocabulary(StartConfig), _NO("always starts from noise")),
+    **dict.fromkeys(_vocabulary(ClassifierConfig), _NO("takes no guidance")),
+    "num_channels": _INSTEAD("latent.unet.model_channels"),
+    "num_res_blocks": _INSTEAD("latent.unet.num_res_blocks"),
+    "num_heads": _INSTEAD("latent.unet.num_heads"),
+    "attention_resolutions": _INSTEAD("latent.unet.attention_resolutions (rates, not sides)"),
+    "channel_mult": _INSTEAD("latent.unet.channel_mult"),
+    "resblock_updown": _INSTEAD("latent.unet.resblock_updown"),
+    "use_fp16": _INSTEAD("precision: fp16"),
+    "timestep_respacing": _INSTEAD("ddim_steps"),
+    "use_ddim": _NO("always takes DDIM's steps, as many as ddim_steps says"),
+    "clip_denoised": _NO("never clamps"),
+    "cond_y": _NO("knows no classes"),
+    "paste_known": _NO("always keeps the known pixels exactly"),
+    "inpa_inj_sched_prev": _NO("shows the known pixels to its network"),
+    "inpa_inj_time_shift": _NO("never goes up in time"),
+}
+_NETWORK_KEYS = _vocabulary(NetworkConfig, DiffusionConfig) | _NO_EFFECT
+_SHARED_KEYS = _vocabulary(Config, SpeedConfig, DatasetConfig) | _NO_EFFECT | _NO_EFFECT_IN_DATASET
+_PIXEL_KEYS = {
+    **_SHARED_KEYS,
+    **_NETWORK_KEYS,
+    **_vocabulary(ClassifierConfig, ScheduleConfig, StartConfig),
+    "image_size": replace(_whole(1), accepts="a whole number >= 1, or null with method: latent"),
+}
+_LATENT_KEYS = {
+    **{key: kind for key, kind in _SHARED_KEYS.items() if key not in _NOT_LATENT},
+    **_vocabulary(LatentConfig, LatentUNetConfig, AutoencoderConfig),
+    "data.eval.*.image_size": _null_or(_whole(1)),
+}
+_TRAINING_KEYS = {
+    **_vocabulary(TrainingConfig, TrainingParams),
+    **_NETWORK_KEYS,
+    **_NO_EFFECT_IN_TRAINING,
+}
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The keys of one kind of run, and what to do there with those of other kinds."""
+
+    known: Mapping[str, _Kind]
+    elsewhere: Mapping[str, str]  # counts only for keys that are not known
+
+
+_FOR_TRAINING = {
+    key: "a key for train.py alone; remove it here"
+    for key in _TRAINING_KEYS
+    if f"data.eval.*.{key}" not in _SHARED_KEYS  # else it is rather a misplaced one
+}
+_FOR_LATENT = dict.fromkeys(
+    _LATENT_KEYS, "a key of method: latent alone; set that method, or remove it"
 )
+_FOR_SAMPLING = dict.fromkeys(_PIXEL_KEYS | _LATENT_KEYS, "a key for test.py alone; remove it here")
+_METHODS = {
+    "pixel": _Vocabulary(_PIXEL_KEYS, _FOR_TRAINING | _FOR_LATENT),
+    "latent": _Vocabulary(_LATENT_KEYS, _FOR_TRAINING | _NOT_LATENT),
+}
+_TRAINING = _Vocabulary(_TRAINING_KEYS, _FOR_SAMPLING)
 
 
 # ---- The loader ------------------------------------------------------------------------------
@@ -446,24 +594,26 @@ def load_config(
 
     Raises UserError, one line, for everything that can be wrong with it.
     """
-    path = os.fspath(path)
-    file = _File(path, overrides, known=_SAMPLING, others=_TRAINING)
+    file = _File(os.fspath(path), overrides, _METHODS)
+    if require_data and not file.dataset_name:
+        file.refuse("data.eval", "exactly one dataset, as data.eval.NAME")
+    config = _latent_config(file) if file.method == "latent" else _pixel_config(file)
+    file.refuse_first(_dataset_problems(file.values, config.image_size))
+    return config
+
+
+def _pixel_config(file: _File) -> Config:
     schedule = file.make(ScheduleConfig) if file.has("schedule_jump_params.") else None
     if schedule:
         file.values.setdefault("timestep_respacing", str(schedule.t_T))
-    if require_data and not file.dataset_name:
-        file.refuse("data.eval", "exactly one dataset, as data.eval.NAME")
     classifier = file.make(ClassifierConfig)
-    config = file.make(
-        Config,
-        source=path,
+    config = _config(
+        file,
         network=file.make_network(),
         diffusion=file.make(DiffusionConfig),
         schedule=schedule,
         start_from=file.make(StartConfig) if file.has_section("start_from") else None,
-        speed=file.make(SpeedConfig),
         classifier=classifier if classifier.scale and classifier.path else None,
-        dataset=file.make(DatasetConfig, name=file.dataset_name) if file.dataset_name else None,
     )
     file.refuse_first(
         _network_problems(config.network),
@@ -471,20 +621,35 @@ def load_config(
         _ddim_problems(config),
         _start_problems(config),
         _classifier_problems(config.classifier, config.network.image_size),
-        _dataset_problems(file.values, config.network.image_size),
     )
     return config
+
+
+def _latent_config(file: _File) -> Config:
+    unet, autoencoder = file.make(LatentUNetConfig), file.make(AutoencoderConfig)
+    latent = file.make(LatentConfig, unet=unet, autoencoder=autoencoder)
+    config = _config(
+        file, latent=latent, network=None, diffusion=None, schedule=None, classifier=None
+    )
+    file.refuse_first(_latent_unet_problems(unet, autoencoder), _autoencoder_problems(autoencoder))
+    return config
+
+
+def _config(file: _File, **parts: Any) -> Config:
+    """The run, from the keys that all methods have, and the parts that one of them has."""
+    dataset = file.make(DatasetConfig, name=file.dataset_name) if file.dataset_name else None
+    speed = file.make(SpeedConfig)
+    return file.make(Config, source=file.source, speed=speed, dataset=dataset, **parts)
 
 
 def load_training_config(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
 ) -> TrainingConfig:
     """Read the YAML file of a training run; arguments and errors as in `load_config`."""
-    path = os.fspath(path)
-    file = _File(path, overrides, known=_TRAINING, others=_SAMPLING)
+    file = _File(os.fspath(path), overrides, {"pixel": _TRAINING})
     config = file.make(
         TrainingConfig,
-        source=path,
+        source=file.source,
         network=file.make_network(),
         diffusion=file.make(DiffusionConfig),
         training=file.make(TrainingParams),
@@ -503,17 +668,28 @@ def to_yaml_dict(config: Config | TrainingConfig, defaults: bool = True) -> dict
 
     defaults: False leaves out what is at its default.
     """
+    vocabulary = _METHODS[config.method] if isinstance(config, Config) else _TRAINING
     tree: dict[str, Any] = {}
-    for part in (config, *filter(is_dataclass, vars(config).values())):
+    for part in _parts(config):
         for name in _kinds(type(part)):
             if not defaults and getattr(part, name) == getattr(type(part), name, _NO_DEFAULT):
                 continue
-            *sections, last = _key(type(part), name).split(".")
+            key = _key(type(part), name)
+            if key not in vocabulary.known:
+                continue  # of another method
+            *sections, last = key.split(".")
             node = tree
             for section in sections:
                 node = node.setdefault(part.name if section == "*" else section, {})
             node[last] = _as_yaml(getattr(part, name))
     return tree
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A dataclass and those in its fields, however deep."""
+    yield config
+    for value in filter(is_dataclass, vars(config).values()):
+        yield from _parts(value)
 
 
 _NO_DEFAULT = object()
@@ -533,17 +709,23 @@ _Problems = Iterator[tuple[str, str]]  # a key of the vocabulary, and what it ac
 class _File:
     """A YAML file and its overrides as a flat table: key of the vocabulary -> parsed value."""
 
-    def __init__(self, source: str, overrides: Sequence[str], known: Mapping, others: Mapping):
+    def __init__(
+        self, source: str, overrides: Sequence[str], vocabularies: Mapping[str, _Vocabulary]
+    ):
+        """vocabularies: by the method that the file names."""
         self.source = source
-        self.known = known
-        self.others = others  # keys of the other script, for a better message
+        self.known = {key: kind for v in vocabularies.values() for key, kind in v.known.items()}
         self.nodes: dict[_Path, yaml.Node] = {}
         self.origins: dict[_Path, str] = {}  # for messages: a line of the file, or an override
         self.record(_read(source), (), source)
         for override in overrides:
             self.record_override(override)
         self.dataset_name = self.find_dataset()
-        self.values = {"name": Path(source).stem} | dict(self.parse())
+        self.method = self.parse(("method",)) if ("method",) in self.nodes else "pixel"
+        vocabulary = vocabularies[self.method]
+        self.known = vocabulary.known
+        self.elsewhere = {k: v for k, v in vocabulary.elsewhere.items() if k not in self.known}
+        self.values = {"name": Path(source).stem} | dict(self.parse_all())
 
     def has(self, prefix: str) -> bool:
         return any(key.startswith(prefix) for key in self.values)
@@ -595,10 +777,8 @@ class _File:
         self.nodes[path], self.origins[path] = node, origin
         if first:
             self.refuse_path(path, f"the same key as in {first}; accepted: each key once")
-        if not _is_section(path, self.known) or (path and _is_null(node)):
+        if not _is_section(path, self.known) or not isinstance(node, yaml.MappingNode):
             return
-        if not isinstance(node, yaml.MappingNode):
-            self.refuse_path(path, f"found {_shown(node)}; accepted: a map of keys")
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else _shown(key)
             line = f"{self.source}, line {key.start_mark.line + 1}"
@@ -631,18 +811,45 @@ class _File:
             self.refuse_path(_DATASETS, f"{found}; accepted: exactly one; {remedy}")
         return names[0] if names else ""
 
-    def parse(self) -> Iterator[tuple[str, Any]]:
+    def parse(self, path: _Path) -> Any:
+        """The value of the key at `path`."""
+        key = _pattern(path)
+        try:
+            return self.known[key].parse(self.nodes[path])
+        except ValueError:
+            self.refuse(key, self.known[key].accepts)
+
+    def parse_all(self) -> Iterator[tuple[str, Any]]:
         """Key and value of every setting. Raises UserError for an unknown key or a wrong value."""
         for path, node in self.nodes.items():
-            key = _pattern(path)
-            if key in self.known:
-                try:
-                    yield key, self.known[key].parse(node)
-                except ValueError:
-                    self.refuse(key, self.known[key].accepts)
+            if _pattern(path) in self.known:
+                yield _pattern(path), self.parse(path)
             elif not _is_section(path, self.known):
-                dataset = self.dataset_name or "NAME"
-                self.refuse_path(path, _unknown_problem(path, self.known, self.others, dataset))
+                self.refuse_path(path, self.unknown_problem(path))
+            elif not isinstance(node, yaml.MappingNode) and not (path and _is_null(node)):
+                self.refuse_path(path, f"found {_shown(node)}; accepted: a map of keys")
+
+    def unknown_problem(self, path: _Path) -> str:
+        """What to do with a key, or a section, that is not of this vocabulary."""
+        what = _for_section(self.elsewhere, _pattern(path))
+        if what:
+            return what
+        own = _with_sections(key for key, kind in self.known.items() if kind is not _ANYTHING)
+        dataset = self.dataset_name or "NAME"
+
+        def likeness(key: str) -> tuple[float, bool, float]:
+            # The last word counts first, so that a misplaced key is shown its place.
+            name = key.replace("*", dataset)
+            pairs = (path[-1], name.rpartition(".")[2]), (".".join(path), name)
+            last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+            if key not in own and last < 0.9:
+                last = 0  # a key of another kind of run has to be meant for sure
+            return last, key in own, whole
+
+        nearest = max(sorted(own | _with_sections(self.elsewhere)), key=likeness)
+        problem = f"unknown key; the nearest known key is {nearest.replace('*', dataset)}"
+        what = None if nearest in own else _for_section(self.elsewhere, nearest)
+        return f"{problem} ({what})" if what else problem
 
 
 _DATASETS = ("data", "eval")
@@ -660,23 +867,19 @@ def _is_section(path: _Path, known: Mapping) -> bool:
     return not path or any(key.startswith(_pattern(path) + ".") for key in known)
 
 
-def _unknown_problem(path: _Path, known: Mapping, others: Mapping, dataset: str) -> str:
-    keys = [key.replace("*", dataset) for key, kind in known.items() if kind is not _ANYTHING]
-    for key in keys:
-        if key.endswith(f".{path[-1]}"):
-            return f"unknown key; the nearest known key is {key}"
-    if _pattern(path) in others or _is_section(path, others):
-        script = "train.py" if others is _TRAINING else "test.py"
-        return f"a key for {script} alone; remove it here"
+def _with_sections(keys: Iterable[str]) -> set[str]:
+    """Keys, and the sections that they are in."""
+    return {
+        ".".join(parts[: i + 1])
+        for parts in (key.split(".") for key in keys)
+        for i in range(len(parts))
+    }
 
-    def likeness(key: str) -> tuple[float, float]:
-        # The last word counts first, so that a misplaced key is shown its place.
-        pairs = (path[-1], key.rpartition(".")[2]), (".".join(path), key)
-        last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return last, whole
 
-    sections = {key[: dot.start()] for key in keys for dot in re.finditer(r"\.", key)}
-    return f"unknown key; the nearest known key is {max(keys + sorted(sections), key=likeness)}"
+def _for_section(elsewhere: Mapping[str, str], section: str) -> str | None:
+    """What to do with a key, or with a section by its first key; None: it is not elsewhere."""
+    found = (what for key, what in elsewhere.items() if f"{key}.".startswith(f"{section}."))
+    return next(found, None)
 
 
 def _read(source: str) -> yaml.Node:
@@ -717,9 +920,7 @@ def _shown(node: yaml.Node) -> str:
 
 
 def _network_problems(network: NetworkConfig) -> _Problems:
-    halvings = len(network.channel_mult) - 1
-    if network.image_size % 2**halvings:
-        yield "image_size", f"multiples of 2**{halvings}, for {halvings + 1} levels of channel_mult"
+    yield from _side_problems("image_size", network.image_size, len(network.channel_mult))
     widths = [int(mult * network.num_channels) for mult in network.channel_mult]
     yield from _multiple_problems("num_channels", 32, "the widths of the levels", widths)
     attended = _attended(network.image_size, widths, network.attention_resolutions)
@@ -728,9 +929,44 @@ def _network_problems(network: NetworkConfig) -> _Problems:
     else:
         heads = {"num_heads": [*attended, widths[-1]], "num_heads_upsample": attended}
     for key, divided in heads.items():
-        divisor = getattr(network, key)
-        if divisor != -1 and any(width % divisor for width in divided):
-            yield key, f"divisors of {divided}, the widths of the levels with attention"
+        yield from _head_problems(key, getattr(network, key), divided)
+
+
+def _side_problems(key: str, side: int, levels: int) -> _Problems:
+    if side % 2 ** (levels - 1):
+        yield key, f"multiples of 2**{levels - 1}, for {levels} levels of channel_mult"
+
+
+def _latent_unet_problems(unet: LatentUNetConfig, autoencoder: AutoencoderConfig) -> _Problems:
+    channels = autoencoder.embed_dim
+    if unet.in_channels != 2 * channels + 1:
+        what = "two latents of latent.autoencoder.embed_dim channels each, and the hole"
+        yield "latent.unet.in_channels", f"{2 * channels + 1}, for {what}"
+    if unet.out_channels != channels:
+        yield "latent.unet.out_channels", f"{channels}, as latent.autoencoder.embed_dim"
+    yield from _side_problems("latent.unet.image_size", unet.image_size, len(unet.channel_mult))
+    widths = [mult * unet.model_channels for mult in unet.channel_mult]
+    what = "the widths of the levels"
+    yield from _multiple_problems("latent.unet.model_channels", 32, what, widths)
+    rates = [2**level for level in range(len(widths))]
+    if not {*unet.attention_resolutions} <= {*rates}:
+        yield "latent.unet.attention_resolutions", f"among {rates}, the rates of the levels"
+    attended = [
+        width
+        for width, rate in zip(widths, rates, strict=True)
+        if rate in unet.attention_resolutions
+    ]
+    yield from _head_problems("latent.unet.num_heads", unet.num_heads, [*attended, widths[-1]])
+
+
+def _autoencoder_problems(autoencoder: AutoencoderConfig) -> _Problems:
+    widths = [mult * autoencoder.ch for mult in autoencoder.ch_mult]
+    yield from _multiple_problems("latent.autoencoder.ch", 32, "the widths of the levels", widths)
+
+
+def _head_problems(key: str, divisor: int, widths: list[int]) -> _Problems:
+    if divisor != -1 and any(width % divisor for width in widths):
+        yield key, f"divisors of {widths}, the widths of the levels with attention"
 
 
 def _precision_problems(network: NetworkConfig) -> _Problems:
@@ -790,9 +1026,12 @@ def _start_problems(config: Config) -> _Problems:
         yield "start_from.t", f"from 0 to {steps - 1}, the times of the schedule"
 
 
-def _dataset_problems(values: Mapping[str, Any], image_size: int) -> _Problems:
+def _dataset_problems(values: Mapping[str, Any], image_size: int | None) -> _Problems:
     if values.get("data.eval.*.image_size", image_size) != image_size:
-        yield "data.eval.*.image_size", f"{image_size}, as image_size at the top, or no such key"
+        same = f"{image_size or 'null'}, as image_size at the top, or no such key"
+        yield "data.eval.*.image_size", same
+    if values.get("data.eval.*.fit") == "region" and image_size is None:
+        yield "data.eval.*.fit", "crop, or set image_size, the side of the squares around holes"
     gt_path, mask_path = (values.get(f"data.eval.*.{key}") for key in ("gt_path", "mask_path"))
     if gt_path and mask_path and os.path.realpath(gt_path) == os.path.realpath(mask_path):
         yield "data.eval.*.mask_path", "masks in a folder of their own, apart from gt_path"

@@ -63,6 +63,22 @@ def plain_times(num_timesteps: int) -> list[int]:
     return list(range(num_timesteps - 1, -2, -1))
 
 
+def ddim_times(ddim_steps: int) -> tuple[list[int], list[int]]:
+    """Latent diffusion's steps of DDIM, evenly spread over a base process of 1000 steps.
+
+    ddim_steps: 1 to 1000. Where it does not divide 1000, the steps are more: 8 for 7.
+
+    Returns the kept steps of the base process, ascending, and the times to walk. A time is an
+    index of the kept steps, and each neighbouring pair is one evaluation of the network. The walk
+    ends at time 0, base step 0, where a little noise is left: the published model decodes that.
+    Source: Rombach et al. 2022, the published sampler.
+    """
+    stride = 1000 // ddim_steps
+    # Its steps are those from 0 on, plus one; a step of 1000 is beyond the base process.
+    evaluated = range(1, 1000, stride)
+    return [0, *evaluated], list(range(len(evaluated), -1, -1))
+
+
 def times_from(times: list[int], t: int) -> list[int]:
     """The part of a walk at or below time t: from t to −1.
 
@@ -184,6 +200,8 @@ def schedules_of(conf_paths: list[str]) -> dict[str, list[int]]:
 
 def _times(config: Config) -> list[int]:
     """What the sampler walks."""
+    if config.latent:
+        return ddim_times(config.latent.ddim_steps)[1]
     if config.schedule:
         times = jump_times(config.schedule)
     else:

@@ -1,8 +1,9 @@
 """Config files: what they mean, and one clear line for each mistake."""
 
 import copy
+import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guided_diffusion.config import (
+    AutoencoderConfig,
     ClassifierConfig,
     Config,
     DatasetConfig,
     DiffusionConfig,
+    LatentConfig,
+    LatentUNetConfig,
     NetworkConfig,
     ScheduleConfig,
     SpeedConfig,
@@ -81,6 +85,30 @@ data:
         gt_keep_masks: out/gt_keep_mask
 """
 GUIDANCE = ["classifier_path=c.pt", "classifier_attention_resolutions=16"]
+
+TINY_NETWORKS = (Path(__file__).parent / "golden" / "ldm" / "tiny_config.json").read_text()
+LATENT_FILE = f"""
+name: tiny
+method: latent
+model_path: tiny.ckpt
+ddim_steps: 10
+ddim_eta: 0.5
+precision: fp16
+n_jobs: 1  # of no effect, as with pixels
+inpa_inj_sched_prev_cumnoise: false
+latent: {TINY_NETWORKS}
+data:
+  eval:
+    faces:
+      gt_path: gts
+      mask_path: masks
+      return_dict: true
+      class_cond: false
+      paths:
+        srs: out/inpainted
+        lrs: out/gt_masked
+        gt_keep_masks: out/gt_keep_mask
+"""
 
 TRAINING_FILE = """
 image_size: 32
@@ -196,6 +224,8 @@ def test_defaults(write):
         "source": "short.yml",
         "name": "short",
         "model_path": "m.pt",
+        "method": "pixel",
+        "latent": None,
         "network": {
             "image_size": 64,
             "num_channels": 128,
@@ -390,6 +420,340 @@ def test_a_dataset_may_have_any_name(write):
     config = load_config(write(USERS_FILE.replace("faces:", "my.faces 2:")))
     assert config.dataset.name == "my.faces 2"
     assert config.dataset.inpainted_dir == "out/inpainted"
+
+
+# ---- Latent diffusion --------------------------------------------------------------------------
+
+
+def test_latent_file(write):
+    config = load_config(write(LATENT_FILE))
+    assert config == Config(
+        source="",
+        name="tiny",
+        model_path="tiny.ckpt",
+        method="latent",
+        latent=LatentConfig(
+            image_size=None,
+            ddim_steps=10,
+            unet=LatentUNetConfig(
+                image_size=16,
+                in_channels=7,
+                out_channels=3,
+                model_channels=32,
+                attention_resolutions=(4, 2),
+                num_res_blocks=1,
+                channel_mult=(1, 2, 3),
+                num_heads=4,
+                resblock_updown=True,
+            ),
+            autoencoder=AutoencoderConfig(
+                attn_type="none",
+                double_z=False,
+                z_channels=3,
+                resolution=64,
+                in_channels=3,
+                out_ch=3,
+                ch=32,
+                ch_mult=(1, 2, 4),
+                num_res_blocks=1,
+                attn_resolutions=(),
+                dropout=0.0,
+                n_embed=256,
+                embed_dim=3,
+            ),
+        ),
+        network=None,
+        diffusion=None,
+        ddim_eta=0.5,
+        schedule=None,
+        classifier=None,
+        speed=SpeedConfig(precision="fp16"),
+        dataset=DatasetConfig(
+            name="faces",
+            gt_path="gts",
+            mask_path="masks",
+            inpainted_dir="out/inpainted",
+            gt_masked_dir="out/gt_masked",
+            keep_mask_dir="out/gt_keep_mask",
+        ),
+    )
+
+
+PUBLISHED_LATENT = {
+    "image_size": None,
+    "ddim_steps": 50,
+    "unet": {
+        "image_size": 64,
+        "in_channels": 7,
+        "out_channels": 3,
+        "model_channels": 256,
+        "attention_resolutions": (8, 4, 2),
+        "num_res_blocks": 2,
+        "channel_mult": (1, 2, 3, 4),
+        "num_heads": 8,
+        "resblock_updown": True,
+    },
+    "autoencoder": {
+        "attn_type": "none",
+        "double_z": False,
+        "z_channels": 3,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": (1, 2, 4),
+        "num_res_blocks": 2,
+        "attn_resolutions": (),
+        "dropout": 0.0,
+        "n_embed": 8192,
+        "embed_dim": 3,
+    },
+}
+
+
+def test_latent_defaults_are_the_published_model(write):
+    config = load_config(write("method: latent\nmodel_path: m.ckpt"), require_data=False)
+    assert asdict(config.latent) == PUBLISHED_LATENT
+    assert (config.ddim_eta, config.network, config.diffusion) == (0.0, None, None)
+    assert (config.schedule, config.start_from, config.start_path) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "image_size", "known_from"),
+    [([], 64, None), (["paste_known=true"], 64, 255), (["image_size=128"], 128, None)],
+)
+def test_what_a_config_says_of_pictures(write, overrides, image_size, known_from):
+    text = changed(USERS_FILE, "data.eval.faces.image_size", DELETED)
+    config = load_config(write(text), overrides)
+    assert (config.image_size, config.known_from) == (image_size, known_from)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "image_size"),
+    [
+        ([], None),
+        (["image_size=null"], None),
+        (["image_size=500"], 500),
+        (["image_size=1"], 1),
+        (["data.eval.faces.image_size=null"], None),
+        (["image_size=96", "data.eval.faces.image_size=96"], 96),
+        (["image_size=96", "data.eval.faces.fit=region"], 96),
+    ],
+)
+def test_what_a_latent_config_says_of_pictures(write, overrides, image_size):
+    config = load_config(write(LATENT_FILE), overrides)
+    assert (config.image_size, config.known_from) == (image_size, 128)
+
+
+COMMON = {  # keys that both methods have, beside those of the dataset
+    *("name", "model_path", "method", "show_progress", "device", "fast", "precision", "compile"),
+    *("cuda_graph", "seed", "samples_per_image", "checkpoint_every", "log_every", "ddim_eta"),
+    "image_size",
+}
+
+
+def test_every_key_of_pixels_is_common_or_refused_by_name(write):
+    file = write(USERS_FILE)
+    tree = to_yaml_dict(load_config(file, [*GUIDANCE, "start_from.t=5"]))
+    kept = {key: value for key, value in tree.items() if key in COMMON}
+    kept |= {"data": tree["data"], "method": "latent"}
+    assert load_config(write(yaml.safe_dump(kept))).image_size == 64
+    for key in tree.keys() - COMMON - {"data"}:
+        message = refusal(load_config, write(yaml.safe_dump(kept | {key: tree[key]})))
+        assert f": {key}: method: latent " in message
+        assert message.endswith(("; remove it", " instead"))
+
+
+def test_every_key_of_a_dataset_is_for_both_methods(write):
+    dataset = parsed(USERS_FILE)["data"]["eval"]["faces"]
+    overrides = ["image_size=64", f"data.eval.faces={json.dumps(dataset)}"]
+    overrides += ["data.eval.faces.fit=region", "data.eval.faces.mask_convention=fill"]
+    expected = load_config(write(USERS_FILE), overrides[2:]).dataset
+    assert load_config(write(LATENT_FILE), overrides).dataset == expected
+
+
+UNET, VAE = "latent.unet", "latent.autoencoder"
+LATENT_MISTAKES = [
+    # keys of pixels
+    ("schedule_jump_params", {"t_T": 5}, "schedule_jump_params: method: latent does not resample"),
+    (
+        "schedule_jump_params",
+        None,
+        "schedule_jump_params: method: latent does not resample; remove",
+    ),
+    ("schedule_jump_params", 5, "schedule_jump_params: method: latent does not resample"),
+    ("start_from", {"t": 5}, "start_from: method: latent always starts from noise; remove it"),
+    ("classifier_scale", 1.0, "classifier_scale: method: latent takes no guidance; remove it"),
+    ("cond_y", 3, "cond_y: method: latent knows no classes; remove it"),
+    ("num_channels", 256, "num_channels: method: latent takes latent.unet.model_channels instead"),
+    ("num_res_blocks", 2, "method: latent takes latent.unet.num_res_blocks instead"),
+    ("num_heads", 8, "method: latent takes latent.unet.num_heads instead"),
+    ("channel_mult", "1,2", "method: latent takes latent.unet.channel_mult instead"),
+    ("resblock_updown", True, "method: latent takes latent.unet.resblock_updown instead"),
+    ("attention_resolutions", 8, "latent.unet.attention_resolutions (rates, not sides) instead"),
+    ("dropout", 0.0, "dropout: method: latent has no such choice; remove it"),
+    ("use_fp16", False, "use_fp16: method: latent takes precision: fp16 instead"),
+    ("timestep_respacing", "250", "method: latent takes ddim_steps instead"),
+    ("diffusion_steps", 1000, "method: latent has a diffusion process of its own; remove it"),
+    ("use_ddim", True, "use_ddim: method: latent always takes DDIM's steps, as many as ddim_steps"),
+    ("clip_denoised", False, "clip_denoised: method: latent never clamps; remove it"),
+    ("paste_known", True, "paste_known: method: latent always keeps the known pixels exactly"),
+    ("inpa_inj_sched_prev", True, "method: latent shows the known pixels to its network; remove"),
+    ("inpa_inj_time_shift", 1, "method: latent never goes up in time; remove it"),
+    ("lr", 0.1, "lr: a key for train.py alone; remove it here"),
+    # unknown keys
+    ("ddim_step", 50, "ddim_step: unknown key; the nearest known key is ddim_steps"),
+    (f"{UNET}.num_chanels", 1, "latent.unet.num_chanels: unknown key; the nearest known key is nu"),
+    (f"{UNET}.ch_mult", "1,2", "the nearest known key is latent.autoencoder.ch_mult"),
+    ("latent.ddim_steps", 50, "the nearest known key is ddim_steps"),
+    ("latent.unett", {}, "latent.unett: unknown key; the nearest known key is latent.unet"),
+    ("embed_dim", 3, "the nearest known key is latent.autoencoder.embed_dim"),
+    ("batch_size", 3, "the nearest known key is data.eval.faces.batch_size"),
+    # wrong values
+    ("method", "pixels", "method: found pixels; accepted: pixel or latent"),
+    ("method", None, "method: found null; accepted: pixel or latent"),
+    ("ddim_steps", "many", "ddim_steps: found many; accepted: a whole number from 1 to 1000"),
+    ("image_size", "big", "image_size: found big; accepted: null or a whole number >= 1"),
+    ("image_size", 0, "image_size: found 0; accepted: null or a whole number >= 1"),
+    ("ddim_eta", -0.1, "ddim_eta: found -0.1; accepted: a number >= 0"),
+    ("latent", 5, "latent: found 5; accepted: a map of keys"),
+    (UNET, "big", "latent.unet: found big; accepted: a map of keys"),
+    (f"{UNET}.attention_resolutions", [], "found a list; accepted: whole numbers >= 1"),
+    (f"{UNET}.attention_resolutions", [4, "x"], "found a list; accepted: whole numbers >= 1"),
+    (f"{UNET}.attention_resolutions", [[4], 2], "found a list; accepted: whole numbers >= 1"),
+    (f"{UNET}.attention_resolutions", [4, None], "found a list; accepted: whole numbers >= 1"),
+    (f"{UNET}.channel_mult", "", "channel_mult: found ''; accepted: whole numbers from 1 to 999"),
+    (f"{UNET}.channel_mult", [1, 0.5], "channel_mult: found a list; accepted: whole numbers from"),
+    (f"{UNET}.channel_mult", [0, 1], "channel_mult: found a list; accepted: whole numbers from"),
+    (f"{VAE}.ch_mult", 1000, "ch_mult: found 1000; accepted: whole numbers from 1 to 999"),
+    (f"{VAE}.attn_type", "vanilla", "attn_type: found vanilla; accepted: only none, because att"),
+    (f"{VAE}.attn_resolutions", [16], "attn_resolutions: found a list; accepted: only [], bec"),
+    (f"{VAE}.double_z", True, "double_z: found true; accepted: only false, because KL autoenc"),
+    (f"{VAE}.in_channels", 1, "in_channels: found 1; accepted: 3 (red, green and blue)"),
+    (f"{VAE}.out_ch", 4, "out_ch: found 4; accepted: 3 (red, green and blue)"),
+    # combinations that cannot work
+    (f"{UNET}.in_channels", 6, "latent.unet.in_channels: found 6; accepted: 7, for two latents of"),
+    (f"{VAE}.embed_dim", 4, "latent.unet.in_channels: found 7; accepted: 9, for two latents of"),
+    (f"{UNET}.out_channels", 4, "out_channels: found 4; accepted: 3, as latent.autoencoder.embed"),
+    (f"{UNET}.image_size", 18, "latent.unet.image_size: found 18; accepted: multiples of 2**2"),
+    (f"{UNET}.image_size", 20, None),
+    (f"{UNET}.model_channels", 16, "model_channels: found 16; accepted: what makes [16, 32, 48]"),
+    (f"{VAE}.ch", 40, "latent.autoencoder.ch: found 40; accepted: what makes [40, 80, 160]"),
+    (f"{UNET}.num_heads", 3, "num_heads: found 3; accepted: divisors of [64, 96, 96]"),
+    (f"{UNET}.num_heads", 64, "latent.unet.num_heads: found 64; accepted: divisors of"),
+    (f"{UNET}.attention_resolutions", "32,16,8", "found 32,16,8; accepted: among [1, 2, 4]"),
+    (f"{UNET}.attention_resolutions", "1", None),
+    (f"{VAE}.z_channels", 8, None),
+    (
+        "data.eval.faces.image_size",
+        64,
+        "image_size: found 64; accepted: null, as image_size at the",
+    ),
+    ("data.eval.faces.fit", "region", "fit: found region; accepted: crop, or set image_size, the"),
+    ("data.eval.faces.paths.srs", "gts", "srs: found gts; accepted: a folder apart from gt_path"),
+    ("model_path", DELETED, "model_path: missing; accepted: a path"),
+    ("data", DELETED, "data.eval: missing; accepted: exactly one dataset"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "fragment"), LATENT_MISTAKES)
+def test_mistakes_in_latent_files(write, path, value, fragment):
+    file = write(changed(LATENT_FILE, path, value))
+    if fragment is None:  # a neighbour of a mistake, which is none
+        assert load_config(file)
+    else:
+        message = refusal(load_config, file)
+        assert message.startswith("mine.yml")
+        assert fragment in message
+
+
+def test_heads_divide_the_widths_where_attention_is_and_in_the_middle(write):
+    overrides = [f"{UNET}.model_channels=32", f"{UNET}.channel_mult=1,2,3"]
+    file = write(LATENT_FILE)
+    assert load_config(file, [*overrides, f"{UNET}.attention_resolutions=4", f"{UNET}.num_heads=3"])
+    message = refusal(
+        load_config, file, [*overrides, f"{UNET}.attention_resolutions=2", f"{UNET}.num_heads=64"]
+    )
+    assert "accepted: divisors of [64, 96]" in message  # the level of rate 2, and the middle
+
+
+def test_a_dataset_repeats_the_image_size_of_latents(write):
+    overrides = ["image_size=96", "data.eval.faces.image_size=null"]
+    message = refusal(load_config, write(LATENT_FILE), overrides)
+    assert "data.eval.faces.image_size: found null; accepted: 96, as image_size at the" in message
+
+
+ONLY_LATENT = "a key of method: latent alone; set that method, or remove it"
+WITHOUT_LATENT = [
+    ("ddim_steps", 50, f"ddim_steps: {ONLY_LATENT}"),
+    ("latent", {"unet": {"num_heads": 8}}, f"latent: {ONLY_LATENT}"),
+    ("latent", None, f"latent: {ONLY_LATENT}"),
+    (
+        "image_size",
+        None,
+        "image_size: found null; accepted: a whole number >= 1, or null with meth",
+    ),
+    ("ddim_step", 50, f"unknown key; the nearest known key is ddim_steps ({ONLY_LATENT})"),
+    ("latnt", {"unet": {}}, f"unknown key; the nearest known key is latent ({ONLY_LATENT})"),
+    ("embed_dim", 3, "the nearest known key is latent.autoencoder.embed_dim (a key of method: la"),
+    ("num_head", 4, "unknown key; the nearest known key is num_heads"),
+    ("data.eval.faces.num_heads", 4, "unknown key; the nearest known key is num_heads"),
+    ("steps", 50, "unknown key; the nearest known key is diffusion_steps"),  # not ddim_steps
+    ("data.eval.faces.image_size", None, "image_size: found null; accepted: a whole number >= 1"),
+]
+
+
+@pytest.mark.parametrize("method", [DELETED, "pixel"])
+@pytest.mark.parametrize(("path", "value", "fragment"), WITHOUT_LATENT)
+def test_keys_of_latents_need_the_method(write, method, path, value, fragment):
+    text = USERS_FILE if method is DELETED else changed(USERS_FILE, "method", method)
+    message = refusal(load_config, write(changed(text, path, value)))
+    assert message.startswith("mine.yml, line ")
+    assert fragment in message
+
+
+@pytest.mark.parametrize("methods", [["latent"], ["pixel", "latent"]])
+def test_the_method_may_be_given_on_the_command_line(write, methods):
+    text = changed(LATENT_FILE, "method", DELETED)
+    assert "a key of method: latent alone" in refusal(load_config, write(text))
+    assert load_config(write(text), [f"method={method}" for method in methods]).latent
+
+
+@pytest.mark.parametrize(
+    ("key", "taken", "refused", "accepted"),
+    [
+        ("ddim_steps", [1, 1000], [0, 1001, -1, 1.5], "a whole number from 1 to 1000"),
+        ("ddim_eta", [0, 1.5], [-0.1, float("inf")], "a number >= 0"),
+        (f"{UNET}.num_res_blocks", [1], [0], "a whole number >= 1"),
+        (f"{VAE}.num_res_blocks", [1], [0], "a whole number >= 1"),
+        (f"{VAE}.n_embed", [1], [0], "a whole number >= 1"),
+        (f"{VAE}.z_channels", [1], [0], "a whole number >= 1"),
+        (f"{VAE}.resolution", [1, 100], [0], "a whole number >= 1"),
+        (f"{VAE}.dropout", [0, 0.5], [1], "a number >= 0 and < 1"),
+        (f"{VAE}.attn_resolutions", [[], ""], [16, "16,8"], "only []"),
+        (f"{VAE}.attn_type", ["none"], [False, None], "only none"),
+    ],
+)
+@pytest.mark.usefixtures("write")
+def test_ranges_of_latent_keys(key, taken, refused, accepted):
+    check_range(load_config, LATENT_FILE, key, taken, refused, accepted)
+
+
+@pytest.mark.parametrize("line", ["[4, 2]", "'4,2'", "4,2", "4, 2", "['4', '2']", "\n- 4\n- 2"])
+def test_lists_as_people_write_them(write, line):
+    head = changed(TRAINING_FILE, "channel_mult", [1, 2, 2])
+    config = load_training_config(write(f"{head}attention_resolutions: {line}\n"))
+    assert config.network.attention_resolutions == (4, 2)
+    assert config.network.channel_mult == (1.0, 2.0, 2.0)
+    unet = load_config(write(LATENT_FILE), [f"{UNET}.attention_resolutions={line}"]).latent.unet
+    assert unet.attention_resolutions == (4, 2)
+
+
+def test_an_empty_list_is_that_of_the_image_size(write):
+    assert load_config(write(USERS_FILE), ["channel_mult=[]"]).network.channel_mult == (1, 2, 3, 4)
+    assert "ema_rate: found a list" in refusal(
+        load_training_config, write(TRAINING_FILE), ["ema_rate=[]"]
+    )
 
 
 # ---- Overrides ---------------------------------------------------------------------------------
@@ -791,12 +1155,22 @@ def test_training_file(write):
         ("totl_steps", 5, "totl_steps: unknown key; the nearest known key is total_steps"),
         ("use_ddim", True, "use_ddim: found true; accepted: only false"),
         ("ddim_eta", 0.5, "ddim_eta: a key for test.py alone"),
+        ("method", "latent", "method: found latent; accepted: only pixel, because train.py trains"),
+        ("ddim_steps", 50, "ddim_steps: a key for test.py alone"),
+        ("latent", {"unet": {}}, "latent: a key for test.py alone"),
     ],
 )
 def test_mistakes_in_training_files(write, path, value, fragment):
     message = refusal(load_training_config, write(changed(TRAINING_FILE, path, value)))
     assert message.startswith("mine.yml")
     assert fragment in message
+
+
+def test_a_latent_file_is_no_training_file(write):
+    message = refusal(load_training_config, write(LATENT_FILE))
+    assert "method: found latent; accepted: only pixel, because train.py trains models" in message
+    text = changed(TRAINING_FILE, "method", "pixel")
+    assert load_training_config(write(text)) == load_training_config(write(TRAINING_FILE))
 
 
 # ---- Round trip --------------------------------------------------------------------------------
@@ -818,6 +1192,22 @@ def test_round_trip(write, dump, overrides):
 
 
 @pytest.mark.parametrize("dump", [yaml.safe_dump, json.dumps])
+@pytest.mark.parametrize("defaults", [True, False])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["latent={}", "seed=0", "image_size=256"],
+        [f"{UNET}.channel_mult=[1,2,4]", f"{UNET}.resblock_updown=false", f"{VAE}.dropout=0.5"],
+    ],
+)
+def test_round_trip_of_latents(write, dump, defaults, overrides):
+    config = load_config(write(LATENT_FILE), overrides)
+    tree = to_yaml_dict(config, defaults=defaults)
+    assert load_config(write(dump(tree), "again.yml")) == config
+
+
+@pytest.mark.parametrize("dump", [yaml.safe_dump, json.dumps])
 def test_round_trip_of_training(write, dump):
     config = load_training_config(write(TRAINING_FILE))
     assert load_training_config(write(dump(to_yaml_dict(config)), "again.yml")) == config
@@ -831,6 +1221,31 @@ def test_yaml_dict_has_the_files_vocabulary(write):
     assert tree["schedule_jump_params"]["jump_n_sample"] == 10
     assert tree["data"]["eval"]["faces"]["paths"]["srs"] == "out/inpainted"
     assert "source" not in tree
+
+
+def test_yaml_dict_of_latents_has_their_keys_alone(write):
+    config = load_config(write("method: latent\nmodel_path: m.ckpt"), require_data=False)
+    tree = to_yaml_dict(config)
+    assert tree.keys() == COMMON | {"ddim_steps", "latent"}
+    assert (tree["image_size"], tree["latent"]["unet"]["channel_mult"]) == (None, "1,2,3,4")
+    short = {"name": "mine", "model_path": "m.ckpt", "method": "latent"}
+    assert to_yaml_dict(config, defaults=False) == short
+
+
+def test_what_pixels_leave_out_at_its_default_is_as_it_was():
+    """Runs are told apart by these keys: one more, and finished results would be made again."""
+    trees = {
+        path.stem: to_yaml_dict(load_config(str(path)), defaults=False)
+        for path in CONFS.glob("*.yml")
+        if path.stem not in ("train_portraits", "ldm_inpainting")
+    }
+    assert trees["demo"].keys() == {
+        *("name", "model_path", "seed", "num_channels", "num_res_blocks", "num_head_channels"),
+        *("channel_mult", "learn_sigma", "noise_schedule", "timestep_respacing"),
+        *("schedule_jump_params", "data"),
+    }
+    digest = hashlib.sha256(json.dumps(trees, sort_keys=True).encode()).hexdigest()
+    assert (len(trees), digest[:16]) == (20, "fbb5ef80b4ec9c72")  # before there was a method
 
 
 # ---- Whatever a file holds, it loads or is refused in one line ---------------------------------
@@ -856,13 +1271,13 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(SCALARS, inner, max_size=2),
     max_leaves=4,
 )
-CHANGES = st.lists(
-    st.tuples(
-        st.sampled_from(dotted_paths(yaml.safe_load(USERS_FILE))), st.text(max_size=3), VALUES
-    ),
-    min_size=1,
-    max_size=3,
-)
+
+
+def changes_of(text: str) -> st.SearchStrategy:
+    """The tree of a file, and changes of it: at a path, its last name longer, and the value."""
+    tree = parsed(text)
+    change = st.tuples(st.sampled_from(dotted_paths(tree)), st.text(max_size=3), VALUES)
+    return st.tuples(st.just(tree), st.lists(change, min_size=1, max_size=3))
 
 
 def loads_or_refuses(text: str, folder: Path) -> None:
@@ -882,10 +1297,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("any")
 
 
-@settings(max_examples=60, deadline=None)
-@given(changes=CHANGES)
-def test_any_value_anywhere(folder, changes):
-    tree = parsed(USERS_FILE)
+@settings(max_examples=80, deadline=None)
+@given(changes_of(USERS_FILE) | changes_of(LATENT_FILE))
+def test_any_value_anywhere(folder, tree_and_changes):
+    tree, changes = copy.deepcopy(tree_and_changes)
     for path, suffix, value in changes:
         node = tree
         *sections, last = path.split(".")
@@ -962,3 +1377,31 @@ def test_published_configs(name, family, gts, masks, batch_size, max_len):
     assert config.clip_denoised
     assert config.inpa_inj_sched_prev
     assert not config.paste_known
+
+
+@pytest.mark.parametrize("path", sorted(CONFS.glob("*.yml")), ids=lambda path: path.stem)
+def test_every_config_of_the_repository_loads(path):
+    load = load_training_config if path.stem.startswith("train") else load_config
+    assert load(str(path)).name == path.stem
+
+
+def test_the_config_of_latent_diffusion():
+    config = load_config(str(CONFS / "ldm_inpainting.yml"))
+    face_example = load_config(str(CONFS / "face_example.yml"))
+    assert asdict(config.latent) == PUBLISHED_LATENT
+    assert config.model_path == "data/pretrained/inpainting_big.ckpt"
+    assert (config.ddim_eta, config.device, config.seed) == (0.0, None, None)
+    assert config.dataset == replace(
+        face_example.dataset,
+        name="ldm_inpainting",
+        inpainted_dir="log/ldm_inpainting/inpainted",
+        gt_masked_dir="log/ldm_inpainting/gt_masked",
+        gt_dir="log/ldm_inpainting/gt",
+        keep_mask_dir="log/ldm_inpainting/gt_keep_mask",
+    )
+
+
+def test_the_hint_for_large_photos_works(write):
+    text = (CONFS / "ldm_inpainting.yml").read_text().replace("# fit: region", "fit: region")
+    config = load_config(write(text), ["image_size=512"])
+    assert (config.dataset.fit, config.image_size) == ("region", 512)

@@ -16,6 +16,7 @@ from guided_diffusion.config import ScheduleConfig
 from guided_diffusion.scheduler import (
     PAPER_SCHEDULE,
     count_evaluations,
+    ddim_times,
     jump_times,
     plain_times,
     schedule_figure,
@@ -93,6 +94,44 @@ def test_n_sample_repeats_each_step_but_the_first_two(t_T, n_sample):
     assert sorted(ups(jump_times(params))) == expected
 
 
+@pytest.mark.parametrize(
+    ("ddim_steps", "kept", "evaluations"),
+    [
+        (1, [0, 1], 1),
+        (2, [0, 1, 501], 2),
+        (3, [0, 1, 334, 667], 3),  # the next, 1000, is no step
+        (6, [0, 1, 167, 333, 499, 665, 831, 997], 7),
+        (7, [0, 1, 143, 285, 427, 569, 711, 853, 995], 8),
+        (10, [0, 1, 101, 201, 301, 401, 501, 601, 701, 801, 901], 10),
+        (400, [0, *range(1, 1000, 2)], 500),
+        (500, [0, *range(1, 1000, 2)], 500),
+        (501, list(range(1000)), 999),
+        (1000, list(range(1000)), 999),
+    ],
+)
+def test_ddims_steps_worked_by_hand(ddim_steps, kept, evaluations):
+    found, times = ddim_times(ddim_steps)
+    assert found == kept
+    assert (times[0], times[-1]) == (evaluations, 0)
+    assert count_evaluations(times) == evaluations
+
+
+def test_ddims_50_steps_end_at_step_0_of_the_base_process():
+    kept, times = ddim_times(50)
+    assert kept[:4] == [0, 1, 21, 41] and kept[-2:] == [961, 981] and len(kept) == 51
+    assert times == list(range(50, -1, -1))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 1000))
+def test_ddims_steps_stay_within_the_base_process_and_walk_down_all_of_them(ddim_steps):
+    kept, times = ddim_times(ddim_steps)
+    assert kept == sorted(set(kept)) and kept[:2] == [0, 1] and kept[-1] <= 999
+    assert len({u - t for t, u in pairwise(kept[1:])}) <= 1  # evenly spread
+    assert [kept[time] for time in times] == kept[::-1]
+    assert ups(times) == []
+
+
 # ---- The command -----------------------------------------------------------------------------
 
 
@@ -163,6 +202,20 @@ def test_a_missing_config_is_refused(tmp_path):
 def test_a_config_without_a_schedule_is_sampled_plainly(tmp_path, steps, evaluations):
     path = write_config(tmp_path / "conf.yml", steps)
     assert schedules_of([path]) == {path: plain_times(evaluations)}
+
+
+@pytest.mark.parametrize(("steps", "evaluations"), [("", 50), ("ddim_steps: 7", 8)])
+def test_a_latent_config_walks_ddims_steps(tmp_path, steps, evaluations):
+    path = write_config(tmp_path / "conf.yml", "method: latent", steps)
+    assert schedules_of([path]) == {path: list(range(evaluations, -1, -1))}
+
+
+def test_the_schedule_of_latent_diffusion_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = draw(tmp_path, "--conf_path", str(ROOT / "confs" / "ldm_inpainting.yml"))
+    assert run.returncode == 0, run.stderr
+    assert "50 evaluations, 0 re-noising steps" in run.stdout
+    assert (tmp_path / "schedule.png").stat().st_size > 0
 
 
 def test_several_configs_are_compared_with_their_costs(tmp_path):
