@@ -77,7 +77,7 @@ class ProcessLog:
     ) -> None:
         """Write a frame of each picture of a batch, if it is due.
 
-        position: transitions done. x_t, pred_x0: (B, 3, S, S), about [-1, 1], one for each name.
+        position: transitions done. x_t, pred_x0: (B, 3, H, W), about [-1, 1], one for each name.
         """
         if not self.is_due(position):
             return
@@ -95,7 +95,7 @@ class ProcessLog:
         frames = [*self._read(name, spread(complete, WEBP_FRAMES))]
         if not frames:
             return
-        stage = Stage(self.times, self.noise_levels, frames[0][1].width)
+        stage = Stage(self.times, self.noise_levels, frames[0][1].size)
         drawn = [stage.draw(*frame) for frame in frames]
         storage.write_atomically(self._gif(name), encode_gif(drawn))
         storage.write_atomically(self.animation(name), encode_webp(drawn))
@@ -141,7 +141,7 @@ class ProcessLog:
 WHITE, INK, GREY = (255, 255, 255), (40, 44, 52), (120, 126, 136)
 WALKED, AHEAD, MARK = (38, 84, 148), (190, 202, 218), (232, 80, 24)  # of the curve
 
-SMALLEST, LARGEST = 160, 256  # sides of a picture; others are enlarged or reduced
+SMALLEST, LARGEST = 160, 256  # longer side of a picture; others are enlarged or reduced
 MARGIN, LINE, CURVE = 16, 22, 96  # pixels: around everything; a line of text; the curve's height
 RADIUS = 5  # of the mark
 LABELS = ("estimate of the result", "noisy picture")
@@ -151,12 +151,15 @@ FINER = 3  # lines are drawn so many times as large, and reduced, so that they a
 class Stage:
     """What all frames of an animation share: the labels, and the schedule's curve."""
 
-    def __init__(self, times: Sequence[int], noise_levels: Sequence[float], image_size: int):
-        """times, noise_levels: see `ProcessLog`. image_size: side of the pictures."""
+    def __init__(
+        self, times: Sequence[int], noise_levels: Sequence[float], picture_size: tuple[int, int]
+    ):
+        """times, noise_levels: see `ProcessLog`. picture_size: width and height of the pictures."""
         self.times, self.noise_levels = times, noise_levels
-        self.side = shown_side(image_size)
-        self.top = self.side + LINE + 2 * MARGIN  # of the curve
-        self.size = (2 * self.side + 3 * MARGIN, self.top + CURVE + MARGIN)
+        self.shown = shown_size(picture_size)
+        self.column = max(self.shown[0], SMALLEST)  # a narrow picture has room for its label
+        self.top = self.shown[1] + LINE + 2 * MARGIN  # of the curve
+        self.size = (2 * self.column + 3 * MARGIN, self.top + CURVE + MARGIN)
         self.font, self.small_font = ImageFont.load_default(15), ImageFont.load_default(12)
         self.walked, self.ahead = self._background(WALKED), self._background(AHEAD)
         self.mark = _disc(RADIUS)
@@ -168,13 +171,13 @@ class Stage:
         return MARGIN + walked * (self.size[0] - 2 * MARGIN), self.top + fallen * CURVE
 
     def draw(self, position: int, x_0: Image.Image, x_t: Image.Image) -> Image.Image:
-        """The frame after so many transitions, RGB. x_0, x_t: RGB pictures of image_size."""
+        """The frame after so many transitions, RGB. x_0, x_t: RGB pictures of picture_size."""
         frame = self.ahead.copy()
         x, y = map(round, self.point(position))
         frame.paste(self.walked.crop((0, self.top, x, self.size[1])), (0, self.top))
         frame.paste(MARK, (x - RADIUS, y - RADIUS), self.mark)
         for left, picture in zip(self._lefts(), (x_0, x_t), strict=True):
-            shown = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
+            shown = picture.resize(self.shown, Image.Resampling.BICUBIC)
             frame.paste(shown, (left, MARGIN + LINE))
         pen, right = ImageDraw.Draw(frame), self.size[0] - MARGIN
         progress = f"transition {position:,} of {len(self.times) - 1:,}"
@@ -188,7 +191,7 @@ class Stage:
         return f"t = {t} · noise {100 * self.noise_levels[t]:.0f} %" if t >= 0 else "finished"
 
     def _lefts(self) -> tuple[int, int]:
-        return MARGIN, 2 * MARGIN + self.side
+        return MARGIN, 2 * MARGIN + self.column
 
     def _background(self, colour: tuple[int, int, int]) -> Image.Image:
         """A frame without pictures, its curve in one colour."""
@@ -206,9 +209,12 @@ class Stage:
         return background
 
 
-def shown_side(image_size: int) -> int:
-    """The side of the pictures in an animation, in pixels."""
-    return min(image_size * math.ceil(SMALLEST / image_size), LARGEST)
+def shown_size(picture_size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height in an animation of pictures of this width and height, in pixels."""
+    longest = max(picture_size)
+    shown = min(longest * math.ceil(SMALLEST / longest), LARGEST)
+    width, height = (max(1, round(side * shown / longest)) for side in picture_size)
+    return width, height
 
 
 def _disc(radius: int) -> Image.Image:

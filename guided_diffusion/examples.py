@@ -1,7 +1,10 @@
 """A pair as the sampler takes it, and the picture that its results become.
 
-With `fit: crop`, the network sees the centre square, as in the original; with `fit: region`, a
-square around each hole of a photo, see `regions`.
+With `fit: crop`, the network sees the centre square, as in the original, or, without an image_size,
+the picture as it is; with `fit: region`, a square around each hole of a photo, see `regions`.
+
+Networks of pixels take masks as they are. Latent diffusion knows only black and white: it fills in
+what is darker than CUT, and all else comes out as the image's own bytes.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from PIL import Image
 
 from guided_diffusion.config import DatasetConfig
 from guided_diffusion.image_datasets import (
+    CUT,
     Pair,
     image_to_tensor,
     mask_to_tensor,
-    paste_known,
     read_mask,
     to_bytes,
 )
@@ -38,8 +42,8 @@ from guided_diffusion.regions import (
 class View:
     """What the network sees of a pair."""
 
-    image: torch.Tensor  # (3, S, S) float32 in [-1, 1]
-    keep_mask: torch.Tensor  # (3, S, S) float32 in [0, 1]; 1 = keep, 0 = fill in
+    image: torch.Tensor  # (3, H, W) float32 in [-1, 1]; H = W = S if there is an image_size S
+    keep_mask: torch.Tensor  # (3, H, W) float32 in [0, 1]; 1 = keep, 0 = fill in
     start: torch.Tensor | None = None  # like the image: what to start from; None: pure noise
 
 
@@ -54,29 +58,30 @@ class Companions:
 
 @dataclass(frozen=True, eq=False)
 class Crop:
-    """The centre square of a pair."""
+    """The centre square of a pair, or the pair as it is."""
 
-    image: np.ndarray  # uint8 (S, S, 3)
-    mask: np.ndarray  # uint8 (S, S, 3), white = keep
-    paste_known: bool = False  # known pixels come out exactly
-    start: np.ndarray | None = None  # uint8 (S, S, 3)
+    image: np.ndarray  # uint8 (H, W, 3)
+    mask: np.ndarray  # uint8 (H, W, 3), white = keep; black and white alone if known_from is CUT
+    known_from: int | None = None  # level of the mask from which the image's own bytes come out
+    start: np.ndarray | None = None  # uint8 (H, W, 3)
     views = 1
 
     def view(self, k: int = 0) -> View:
-        """The square itself, the only one."""
+        """The picture itself, the only one."""
         start = None if self.start is None else image_to_tensor(self.start)
         return View(image_to_tensor(self.image), mask_to_tensor(self.mask), start)
 
     def finish(self, results: Sequence[np.ndarray]) -> np.ndarray:
-        """The picture to write. results: of each view, uint8 (S, S, 3)."""
+        """The picture to write. results: of each view, uint8 (H, W, 3)."""
         (result,) = results
-        if not self.paste_known:
+        if self.known_from is None:
             return result
-        keep_mask = mask_to_tensor(self.mask)
-        return paste_known(result[None], self.image[None], keep_mask[None])[0]
+        return np.where(self.mask >= self.known_from, self.image, result)
 
     def companions(self) -> Companions:
-        """The square, masked and mask, of the tensors that the network sees."""
+        """The picture, masked and mask: what the network sees, or bytes that results keep."""
+        if self.known_from == CUT:
+            return Companions(self.image, self.image * (self.mask >= CUT), self.mask)
         gt, m = image_to_tensor(self.image), mask_to_tensor(self.mask)
         return Companions(*to_bytes(torch.stack([gt, gt * m - (1 - m), 2 * m - 1])))
 
@@ -124,21 +129,30 @@ class Photo:
 def load_example(
     pair: Pair,
     dataset: DatasetConfig,
-    image_size: int,
+    image_size: int | None,
     *,
     flip: bool = False,
-    paste_known: bool = False,
+    known_from: int | None = None,
 ) -> Crop | Photo:
     """Read a pair. Raises UserError that names a bad file.
 
-    The picture to start from is prepared as the image is. flip: a crop is mirrored left to right.
-    paste_known: of a crop; a photo's known pixels always come out as they are.
+    The picture to start from is prepared as the image is. image_size: None: pictures are left as
+    they are, and the mask must be as large as the image. flip: a crop is mirrored left to right.
+    known_from: of a crop, the level of the prepared mask from which pixels come out as they are;
+    CUT: the mask is cut there. A photo's mask is always cut, and its known pixels never change.
     """
     image = read_rgb(pair.image_path)
     mask = read_mask(pair.mask_path, dataset.mask_convention)
     starts = [read_rgb(pair.start_path)] if pair.start_path else []
     if dataset.fit == "region":
         return Photo(np.asarray(image), keep_of(mask), image_size, *map(np.asarray, starts))
-    squares = [resize_and_crop(picture, image_size) for picture in (image, mask, *starts)]
-    image, mask, *starts = map(np.fliplr, squares) if flip else squares
-    return Crop(image, mask, paste_known, *starts)
+    prepared = [resize_and_crop(picture, image_size) for picture in (image, mask, *starts)]
+    image, mask, *starts = map(np.fliplr, prepared) if flip else prepared
+    if known_from == CUT:
+        mask = black_and_white(mask)
+    return Crop(image, mask, known_from, *starts)
+
+
+def black_and_white(mask: Image.Image | np.ndarray) -> np.ndarray:
+    """A mask, a picture or uint8 (H, W, 3), cut at CUT: uint8 (H, W, 3) of 0 and 255."""
+    return np.repeat(keep_of(mask)[..., None] * np.uint8(255), 3, axis=2)

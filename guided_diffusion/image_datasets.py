@@ -1,7 +1,7 @@
 """Images and masks: paired, as tensors, and back to bytes.
 
 An image's tensor is in [-1, 1], a keep mask's in [0, 1] (1 = keep, 0 = fill in); both have three
-channels. "Prepared" means uint8 RGB, (S, S, 3), S = image_size.
+channels. "Prepared" means uint8 RGB, (S, S, 3), S = image_size; (H, W, 3) where that is None.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from guided_diffusion.config import UserError
 from guided_diffusion.pictures import list_images, read_rgb
 
 READERS = 4  # threads
+CUT = 128  # the level at which masks are cut into black and white, where they are
 
 T = TypeVar("T")
 
@@ -145,12 +146,12 @@ def read_mask(path: str, convention: str = "keep") -> Image.Image:
 
 
 def image_to_tensor(prepared: np.ndarray) -> torch.Tensor:
-    """uint8 (S, S, 3) -> float32 (3, S, S) in [-1, 1]."""
+    """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
     return _channels_first(prepared.astype(np.float32) / 127.5 - 1)
 
 
 def mask_to_tensor(prepared: np.ndarray) -> torch.Tensor:
-    """uint8 (S, S, 3) -> float32 (3, S, S) in [0, 1], not thresholded."""
+    """uint8 (H, W, 3) -> float32 (3, H, W) in [0, 1], not thresholded."""
     return _channels_first(prepared.astype(np.float32) / 255)
 
 
@@ -163,7 +164,7 @@ def flip_decision(seed: int, index: int) -> bool:
 
 
 def _channels_first(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))  # (3, S, S)
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))  # (3, H, W)
 
 
 # ---- From a tensor to a file ----
@@ -182,7 +183,7 @@ def to_bytes(x: torch.Tensor) -> np.ndarray:
 def paste_known(results: np.ndarray, originals: np.ndarray, keep_masks: torch.Tensor) -> np.ndarray:
     """The results with the original bytes wherever the mask is exactly 1.
 
-    results, originals: uint8 (B, S, S, 3). keep_masks: (B, 1 or 3, S, S).
+    results, originals: uint8 (B, H, W, 3). keep_masks: (B, 1 or 3, H, W).
     """
     keep = keep_masks.cpu().permute(0, 2, 3, 1).numpy() == 1
     return np.where(keep, originals, results)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from guided_diffusion.config import DatasetConfig, UserError
-from guided_diffusion.image_datasets import Pair, for_each, read_mask
+from guided_diffusion.image_datasets import CUT, Pair, for_each, read_mask
 from guided_diffusion.pictures import read_rgb, resize_and_crop
 from guided_diffusion.regions import cut_keep, find_regions, keep_of
 
@@ -59,33 +60,41 @@ _WARNINGS = {
 }
 
 
-def check_pairs(pairs: Sequence[Pair], dataset: DatasetConfig, image_size: int) -> list[int]:
+def check_pairs(
+    pairs: Sequence[Pair],
+    dataset: DatasetConfig,
+    image_size: int | None,
+    known_from: int | None = None,
+) -> list[int]:
     """Read every image and mask once, and count the inputs of the network that each pair makes.
 
-    Warns, one line a kind, of masks in grey or in colour, of masks that are dim all over, that keep
-    everything, nothing or little, and of masks that are not as large as their image; with
-    fit: region, of holes that are larger than the network's square, and of masks that leave the
-    network nothing to see. Raises UserError that names
-    the first file that cannot be read, or that has not the size of its image, where it must: a
-    picture to start from, and, with fit: region, a mask.
+    Warns, one line a kind, of masks in grey (unless they are cut into black and white) or in
+    colour, of masks that are dim all over, that keep everything, nothing or little, and of masks
+    that are not as large as their image; with fit: region, of holes that are larger than the
+    network's square, and of masks that leave the network nothing to see. image_size, known_from:
+    as for `load_example`. Raises UserError that names the first file that cannot be read, or that
+    has not the size of its image, where it must: a picture to start from, and, with fit: region or
+    without an image_size, a mask.
     """
-    inspect = _inspect_photo_mask if dataset.fit == "region" else _inspect_mask
+    inspect = _inspect_photo_mask
+    if dataset.fit != "region":
+        inspect = partial(_inspect_mask, cut=known_from == CUT)
 
     def inspect_mask(path: str) -> _Mask:
         return inspect(read_mask(path, dataset.mask_convention), image_size)
 
     checked = list({(pair.image_path, pair.mask_path): pair for pair in pairs}.values())
     pictures = (path for pair in pairs for path in (pair.image_path, pair.start_path) if path)
-    images = _inspected(pictures, lambda path: read_rgb(path).size)
-    masks = _inspected([pair.mask_path for pair in pairs], inspect_mask)
+    images = inspected(pictures, lambda path: read_rgb(path).size)
+    masks = inspected([pair.mask_path for pair in pairs], inspect_mask)
     _check_starts(checked, images)
     for message in _messages(checked, images, masks, dataset, image_size):
         warnings.warn(message, UserWarning, stacklevel=2)
     return [masks[pair.mask_path].inputs for pair in pairs]
 
 
-def _inspected(paths: Iterable[str], inspect: Callable[[str], T]) -> dict[str, T]:
-    """path -> what is found in it. Raises UserError."""
+def inspected(paths: Iterable[str], inspect: Callable[[str], T]) -> dict[str, T]:
+    """path -> what is found in it. Raises UserError that names the first bad file."""
 
     def found(path: str) -> T | UserError:
         try:
@@ -101,17 +110,18 @@ def _inspected(paths: Iterable[str], inspect: Callable[[str], T]) -> dict[str, T
     return findings
 
 
-def _inspect_mask(mask: Image.Image, image_size: int) -> _Mask:
+def _inspect_mask(mask: Image.Image, image_size: int | None, cut: bool) -> _Mask:
     prepared = resize_and_crop(mask, image_size)
-    kind = "coloured" if _is_coloured(mask) else _kind(prepared)
-    return _Mask(mask.size, kind, float(prepared.mean()) / 255)
+    used = keep_of(prepared) * np.uint8(255) if cut else prepared
+    kind = "coloured" if _is_coloured(mask) else _kind(prepared, used)
+    return _Mask(mask.size, kind, float(used.mean()) / 255)
 
 
 def _inspect_photo_mask(mask: Image.Image, image_size: int) -> _Mask:
     keep = keep_of(mask)
     regions = find_regions(keep, image_size)
     hole = max((region.largest_hole for region in regions), default=0)
-    kind = "dim" if _kind(np.asarray(mask)) == "dim" else _kind(keep * np.uint8(255))
+    kind = _kind(np.asarray(mask), keep * np.uint8(255))
     if kind == "binary" and not any(cut_keep(keep, each, image_size).any() for each in regions):
         kind = "hidden"
     if _is_coloured(mask):
@@ -139,13 +149,14 @@ def _check_starts(pairs: Sequence[Pair], sizes: Mapping[str, Size]) -> None:
         )
 
 
-def _kind(values: np.ndarray) -> str:
-    if 0 < values.max() < 128:
+def _kind(values: np.ndarray, used: np.ndarray) -> str:
+    """values: of a mask. used: as the sampler takes them, which may be cut at CUT."""
+    if 0 < values.max() < CUT:
         return "dim"
-    if ((values > 0) & (values < 255)).any():
+    if ((used > 0) & (used < 255)).any():
         return "fractional"
-    if values.min() == values.max():
-        return "white" if values.max() else "black"
+    if used.min() == used.max():
+        return "white" if used.max() else "black"
     return "binary"
 
 
@@ -154,7 +165,7 @@ def _messages(
     images: Mapping[str, Size],
     masks: Mapping[str, _Mask],
     dataset: DatasetConfig,
-    image_size: int,
+    image_size: int | None,
 ) -> Iterator[str]:
     """Warnings. Raises UserError."""
     for kind, text in _WARNINGS.items():
@@ -165,7 +176,16 @@ def _messages(
     yield from _convention_warnings(masks, dataset.mask_convention)
     unequal = [pair for pair in pairs if images[pair.image_path] != masks[pair.mask_path].size]
     if unequal:
-        yield _about_sizes(unequal, len(pairs), images, masks, dataset.fit)
+        needing = "image_size: null" if image_size is None else ""
+        needing = "fit: region" if dataset.fit == "region" else needing
+        yield _about_sizes(unequal, len(pairs), images, masks, needing)
+    if dataset.fit == "region":
+        yield from _large_holes(pairs, masks, image_size)
+
+
+def _large_holes(
+    pairs: Sequence[Pair], masks: Mapping[str, _Mask], image_size: int
+) -> Iterator[str]:
     large = [pair for pair in pairs if masks[pair.mask_path].hole > image_size]
     if large:
         yield (
@@ -192,17 +212,20 @@ def _about_sizes(
     number: int,
     images: Mapping[str, Size],
     masks: Mapping[str, _Mask],
-    fit: str,
+    needing: str,
 ) -> str:
-    """The warning about masks that have not the size of their image; with fit: region an error."""
+    """The warning about masks that have not the size of their image.
+
+    needing: the setting that needs masks of that size, for which it is an error; "": none.
+    """
     image, mask = unequal[0].image_path, unequal[0].mask_path
     sizes = ["{}x{}".format(*size) for size in (images[image], masks[mask].size)]
     message = (
         f"{len(unequal)} of {number} images differ in size from their mask, first "
         f"{image} ({sizes[0]}) and {mask} ({sizes[1]}): "
     )
-    if fit == "region":
-        raise UserError(f"{message}fit: region needs masks in the size of their images")
+    if needing:
+        raise UserError(f"{message}{needing} needs masks in the size of their images")
     return (
         f"{message}each is resized and its centre cropped separately; check that they still fit "
         "together"

@@ -1,6 +1,7 @@
 """Pictures: found in folders, read, prepared as the network sees them, and written as PNG.
 
-"Prepared" means uint8 RGB, (S, S, 3), S = image_size.
+"Prepared" means uint8 RGB, (S, S, 3), S = image_size; (H, W, 3) where that is None, and pictures
+stay as they are.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from guided_diffusion import storage
 from guided_diffusion.config import UserError
@@ -71,21 +73,22 @@ def is_image_name(path: str) -> bool:
 # ---- Read and prepared ----
 
 
-def prepare(image: Image.Image, image_size: int) -> np.ndarray:
-    """Turn any picture into the square that the network sees.
+def prepare(image: Image.Image, image_size: int | None) -> np.ndarray:
+    """Turn any picture into what the network sees.
 
     Turned upright as its EXIF data say, 16 bits scaled to 8 (value / 257, rounded; colour pictures
     of 16 bits are already reduced by Pillow, which keeps the high byte: at most one level less),
-    first frame, RGB without alpha; then reduced or enlarged until the shorter side is `image_size`,
-    and the centre cropped.
+    first frame, RGB without alpha; then, unless `image_size` is None, reduced or enlarged until the
+    shorter side is `image_size`, and the centre cropped.
 
-    Returns uint8 (image_size, image_size, 3). Raises ValueError for pixels without a known range.
+    Returns uint8 (image_size, image_size, 3), or (H, W, 3). Raises ValueError for pixels without a
+    known range.
     """
     return resize_and_crop(_upright_rgb(image), image_size)
 
 
-def load_prepared(path: str, image_size: int) -> np.ndarray:
-    """Read and prepare a picture: uint8 (S, S, 3). Raises UserError that names a bad file."""
+def load_prepared(path: str, image_size: int | None) -> np.ndarray:
+    """Read and prepare a picture: uint8 (S, S, 3) or (H, W, 3). Raises UserError if it is bad."""
     return resize_and_crop(read_rgb(path), image_size)
 
 
@@ -99,6 +102,36 @@ def read_rgb(path: str) -> Image.Image:
     """A picture, decoded to its last pixel, upright, RGB of 8 bits. Raises UserError."""
     with _opened(path) as image:
         return _upright_rgb(image)
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """Height and width of a picture, upright, mostly from its first bytes. Raises UserError."""
+    with _opened(path) as image:
+        width, height = image.size
+        return (width, height) if _lies_on_its_side(image) else (height, width)
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    """Whether width and height of a picture, just opened, change places when it is put upright."""
+    if image.format == "TIFF":  # Pillow puts these upright by itself
+        return False
+    if image.format == "PNG" and not _METADATA & _kinds_of_chunks(image.fp):
+        return False  # Pillow would decode all pixels to look for more after them
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+_METADATA = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # chunks that may tell how a PNG is to be turned
+
+
+def _kinds_of_chunks(file: BinaryIO) -> set[bytes]:
+    """Those that a PNG file consists of; it is left at the place where it was."""
+    kinds, place = set(), file.tell()
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        kinds.add(head[4:])
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(place)
+    return kinds
 
 
 @contextmanager
@@ -141,8 +174,13 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
-def resize_and_crop(image: Image.Image, image_size: int) -> np.ndarray:
-    """A picture as the square that the network sees: of RGB uint8 (image_size, image_size, 3)."""
+def resize_and_crop(image: Image.Image, image_size: int | None) -> np.ndarray:
+    """A picture as the square that the network sees: of RGB uint8 (image_size, image_size, 3).
+
+    None: as it is.
+    """
+    if image_size is None:
+        return np.array(image)
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = image_size / min(image.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import secrets
@@ -22,7 +23,8 @@ from guided_diffusion.checkpoint import fingerprint
 from guided_diffusion.config import Config, DatasetConfig, UserError, to_yaml_dict
 from guided_diffusion.dist_util import Team
 from guided_diffusion.image_datasets import Pair, find_pairs, flip_decision, for_each
-from guided_diffusion.input_checks import check_pairs
+from guided_diffusion.input_checks import check_pairs, inspected
+from guided_diffusion.pictures import read_size
 from guided_diffusion.records import History, Origin, Records, Settings, beside, digest_of
 from guided_diffusion.scheduler import count_evaluations
 
@@ -40,6 +42,7 @@ class Task:
     name: str  # of the result, relative to its folder
     origin: Origin
     is_first_sample: bool  # of its image
+    size: tuple[int, int] | None = None  # height and width; None: the square of image_size
     inputs: int = 1  # of the network: with fit: region, one a region
 
     @property
@@ -83,9 +86,15 @@ class Plan:
         A batch is made up as in a run that starts afresh, since pixels depend on it in their last
         bit. Of one that is done in part, all is computed again.
         """
-        size = self.batch_size
-        parts = [self.tasks[i : i + size] for i in range(0, len(self.tasks), size)]
-        return [part for part in parts if not self.is_done(part)]
+        batches = make_batches(self.tasks, self.batch_size)
+        return [batch for batch in batches if not self.is_done(batch)]
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """Height and width of the largest picture that the network is still to see."""
+        side = self.config.image_size
+        missing = (task for task in self.tasks if task.name not in self.done)
+        return max((task.size or (side, side) for task in missing), key=math.prod)
 
     def is_done(self, tasks: Sequence[Task]) -> bool:
         """Whether earlier runs have finished all of these."""
@@ -173,6 +182,19 @@ class Plan:
                 f"{len(self.redo)} of {len(self.tasks)} were made before and are done again, "
                 f"first {first}: {reason}{more}; earlier results go to {self.old_dir}"
             )
+
+
+def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
+    """Tasks in batches of pictures of one size, in the order in which the batches begin."""
+    batches: list[list[Task]] = []
+    latest: dict[tuple[int, int] | None, list[Task]] = {}  # the last batch of each size
+    for task in tasks:
+        batch = latest.get(task.size)
+        if batch is None or len(batch) == batch_size:
+            batch = latest[task.size] = []
+            batches.append(batch)
+        batch.append(task)
+    return batches
 
 
 def region_name(name: str, k: int) -> str:
@@ -330,7 +352,8 @@ def _checked(plan: Plan, history: History) -> Plan:
     """The plan, with the inputs of the network counted. Raises UserError for what is to be done."""
     missing = [task for task in plan.tasks if task.name not in plan.done]
     pairs = [task.pair for task in missing]
-    counts = check_pairs(pairs, plan.dataset, plan.config.network.image_size)
+    config = plan.config
+    counts = check_pairs(pairs, plan.dataset, config.image_size, config.known_from)
     inputs = {name: history.results[name].inputs for name in plan.done}
     inputs |= {task.name: count for task, count in zip(missing, counts, strict=True)}
     return replace(plan, tasks=[replace(task, inputs=inputs[task.name]) for task in plan.tasks])
@@ -354,6 +377,8 @@ def _make_tasks(config: Config, pairs: Sequence[Pair]) -> list[Task]:
         if path
     )
     digest = for_each(paths, input_digest)
+    images = [pair.image_path for pair in pairs]
+    sizes = inspected(images, read_size) if config.image_size is None else {}
     samples, seed = config.samples_per_image, config.seed
     return [
         Task(
@@ -367,6 +392,7 @@ def _make_tasks(config: Config, pairs: Sequence[Pair]) -> list[Task]:
                 start=pair.start_path and digest[pair.start_path],
             ),
             is_first_sample=sample == 0,
+            size=sizes.get(pair.image_path),
         )
         for pair in pairs
         for sample in range(samples)
@@ -383,13 +409,16 @@ def input_digest(path: str) -> str:
         ) from error
 
 
-def _whole_batches(tasks: list[Task], size: int, source: str) -> list[Task]:
-    if len(tasks) < size:
+def _whole_batches(tasks: list[Task], batch_size: int, source: str) -> list[Task]:
+    batches = make_batches(tasks, batch_size)
+    kept = {task.name for batch in batches if len(batch) == batch_size for task in batch}
+    if not kept:
+        most, alike = max(map(len, batches)), " of one size" if tasks[0].size else ""
         raise UserError(
-            f"{source}: drop_last leaves no batch: there are {len(tasks)} image(s), fewer than "
-            f"batch_size {size}; set drop_last: false"
+            f"{source}: drop_last leaves no batch: there are {most} image(s){alike}, fewer than "
+            f"batch_size {batch_size}; set drop_last: false"
         )
-    return tasks[: len(tasks) - len(tasks) % size]
+    return [task for task in tasks if task.name in kept]
 
 
 def _earlier_results(
@@ -494,7 +523,14 @@ def from_json(config: Config, content: dict[str, Any]) -> Plan:
     fields = dict(content)
     fields["config"] = replace(config, seed=fields.pop("seed"))
     fields["tasks"] = [
-        Task(**task | {"pair": Pair(**task["pair"]), "origin": Origin(**task["origin"])})
+        Task(
+            **task
+            | {
+                "pair": Pair(**task["pair"]),
+                "origin": Origin(**task["origin"]),
+                "size": task["size"] and tuple(task["size"]),
+            }
+        )
         for task in fields["tasks"]
     ]
     fields["done"] = frozenset(fields["done"])

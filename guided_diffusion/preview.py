@@ -12,8 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from guided_diffusion import storage
 from guided_diffusion.config import Config, DatasetConfig, UserError
-from guided_diffusion.examples import Photo, View, load_example
-from guided_diffusion.image_datasets import Pair, find_pairs, image_to_tensor, read_mask, to_bytes
+from guided_diffusion.examples import Photo, View, black_and_white, load_example
+from guided_diffusion.image_datasets import (
+    CUT,
+    Pair,
+    find_pairs,
+    image_to_tensor,
+    read_mask,
+    to_bytes,
+)
 from guided_diffusion.input_checks import check_pairs
 from guided_diffusion.pictures import encode_png, picture_grid, read_rgb
 
@@ -27,12 +34,12 @@ def write_preview(config: Config, out: str) -> str:
     """Draw the pairs of a config's dataset into a PNG; a line about it. Raises UserError."""
     if not out.lower().endswith(".png"):
         raise UserError(f"--preview {out}: accepted: the path of a PNG, such as preview.png")
-    d, size = config.dataset, config.network.image_size
+    d, size, known_from = config.dataset, config.image_size, config.known_from
     pairs = find_pairs(d.gt_path, d.mask_path, d.offset, d.max_len, config.start_path)
     _check_apart(out, pairs, d)
-    check_pairs(pairs, d, size)
+    check_pairs(pairs, d, size, known_from)
     shown = pairs[:MOST]
-    sheet = _sheet([_draw_pair(pair, d, size) for pair in shown])
+    sheet = _sheet([_draw_pair(pair, d, size, known_from) for pair in shown])
     try:
         storage.write_atomically(out, encode_png(np.asarray(sheet)))
     except OSError as error:
@@ -53,10 +60,14 @@ def _check_apart(out: str, pairs: Sequence[Pair], d: DatasetConfig) -> None:
             raise UserError(f"--preview {out}: results go to this folder; give another path")
 
 
-def _draw_pair(pair: Pair, dataset: DatasetConfig, image_size: int) -> Image.Image:
+def _draw_pair(
+    pair: Pair, dataset: DatasetConfig, image_size: int | None, known_from: int | None
+) -> Image.Image:
     """Three pictures side by side, and the name below."""
-    example = load_example(pair, dataset, image_size)
+    example = load_example(pair, dataset, image_size, known_from=known_from)
     image, mask = read_rgb(pair.image_path), read_mask(pair.mask_path, dataset.mask_convention)
+    if known_from == CUT:
+        mask = Image.fromarray(black_and_white(mask))
     squares = []
     if isinstance(example, Photo):
         squares = [(each.left, each.top, each.side) for each in example.regions]
@@ -101,9 +112,9 @@ def _overlaid(
 
 
 def _seen(view: View) -> np.ndarray:
-    """A view, uint8 (S, S, 3); where the network is to fill in, its start picture, or chequered."""
-    size = view.image.shape[-1]
-    dark = (np.indices((size, size)) // max(1, size * SQUARES // CELL)).sum(0) % 2
+    """A view, uint8 (H, W, 3); where the network is to fill in, its start picture, or chequered."""
+    size = view.image.shape[1:]
+    dark = (np.indices(size) // max(1, max(size) * SQUARES // CELL)).sum(0) % 2
     chequered = np.repeat((230 - 60 * dark).astype(np.uint8)[..., None], 3, axis=2)
     m, ground = view.keep_mask, image_to_tensor(chequered) if view.start is None else view.start
     return to_bytes((view.image * m + ground * (1 - m))[None])[0]

@@ -265,7 +265,7 @@ def test_left_is_the_estimate_and_right_the_noisy_picture(made, kind):
 @pytest.mark.parametrize(("position", "mark"), [(1, 116), (2, 216), (3, 316)])
 def test_the_curve_is_darker_where_it_is_walked(position, mark):
     blank = Image.new("RGB", (64, 64))
-    frame = np.asarray(Stage(plain_times(4), LEVELS, 64).draw(position, blank, blank))
+    frame = np.asarray(Stage(plain_times(4), LEVELS, (64, 64)).draw(position, blank, blank))
     # Plain sampling is a straight line, here from (16, 246) to (416, 342).
     heights = {x: round(246 + 0.24 * (x - 16)) for x in range(20, 412)}
     darkest = {x: frame[y - 1 : y + 2, x].min(axis=0) for x, y in heights.items()}
@@ -281,7 +281,7 @@ def test_the_curve_is_darker_where_it_is_walked(position, mark):
 def test_pictures_are_shown_at_a_size_for_eyes(image_size, side):
     noise = Image.effect_noise((image_size, image_size), 80).convert("RGB")
     white = Image.new("RGB", noise.size, "white")
-    frame = Stage([0, -1], LEVELS, image_size).draw(1, noise, white)
+    frame = Stage([0, -1], LEVELS, (image_size, image_size)).draw(1, noise, white)
     assert frame.size == (2 * side + 48, side + 166)
     pixels = np.asarray(frame)[38 : 38 + side]
     expected = noise if image_size == side else noise.resize((side, side), Image.Resampling.BICUBIC)
@@ -290,7 +290,7 @@ def test_pictures_are_shown_at_a_size_for_eyes(image_size, side):
 
 
 def test_the_caption_gives_time_and_noise_of_the_noisy_picture():
-    stage = Stage(JUMP, LEVELS, 64)
+    stage = Stage(JUMP, LEVELS, (64, 64))
     assert [stage.caption(end) for end in ENDS] == [
         "t = 2 · noise 83 %",
         "t = 1 · noise 50 %",
@@ -302,7 +302,7 @@ def test_the_caption_gives_time_and_noise_of_the_noisy_picture():
 
 
 def test_a_frame_leaves_no_trace_on_the_next():
-    stage = Stage(JUMP, LEVELS, 64)
+    stage = Stage(JUMP, LEVELS, (64, 64))
     red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
     first = stage.draw(1, red, blue).tobytes()
     stage.draw(8, blue, red)
@@ -363,7 +363,7 @@ def test_the_colours_of_a_gif_are_for_the_mark_and_for_smooth_pictures_not_for_n
     """Of 160 colours, a slope of 256 greys should get enough to be off by a level or two."""
     slope = Image.linear_gradient("L").convert("RGB")
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-    stage = Stage(plain_times(4), LEVELS, 256)
+    stage = Stage(plain_times(4), LEVELS, (256, 256))
     frames = [stage.draw(position, slope, Image.fromarray(noise)) for position in (1, 2, 3, 4)]
     with Image.open(io.BytesIO(encode_gif(frames))) as gif:
         shown = [np.asarray(f.convert("RGB"), int) for f in ImageSequence.Iterator(gif)]

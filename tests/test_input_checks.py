@@ -42,11 +42,14 @@ def pairs_with_masks(tmp_path: Path, *levels: list[int]) -> list[Pair]:
 
 
 def messages_of(
-    pairs: list[Pair], image_size: int = 8, dataset: DatasetConfig = DATASET
+    pairs: list[Pair],
+    image_size: int | None = 8,
+    dataset: DatasetConfig = DATASET,
+    known_from: int | None = None,
 ) -> list[str]:
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
-        check_pairs(pairs, dataset, image_size)
+        check_pairs(pairs, dataset, image_size, known_from)
     assert all(warning.category is UserWarning for warning in record)
     assert all(warning.filename == __file__ for warning in record) or not record
     messages = [str(warning.message) for warning in record]
@@ -220,7 +223,7 @@ def test_flip_mirrors_image_and_mask_together(tmp_path):
 def test_a_crop_is_what_the_sampler_made_unless_known_pixels_are_pasted(tmp_path):
     pair = pairs_with_masks(tmp_path, [0, 255])[0]
     result = np.full((8, 8, 3), 7, np.uint8)
-    plain, pasted = (load_example(pair, DATASET, 8, paste_known=paste) for paste in (False, True))
+    plain, pasted = (load_example(pair, DATASET, 8, known_from=level) for level in (None, 255))
     np.testing.assert_array_equal(plain.finish([result]), result)
     finished, original = pasted.finish([result]), np.asarray(noise(8, 8))
     np.testing.assert_array_equal(finished[:, ::2], result[:, ::2])
