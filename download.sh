@@ -13,7 +13,8 @@ usage() {
   cat <<'TEXT'
 Usage: ./download.sh [NAME ...]
 
-Fetches the files that the configs in confs/ expect; without a NAME, all of them but lpips.
+Fetches the files that the configs in confs/ expect; without a NAME, all of them but ldm and
+lpips.
 
   celeba      data/pretrained/celeba256_250000.pt    2.2 GB
   places      data/pretrained/places256_300000.pt    2.2 GB
@@ -21,6 +22,9 @@ Fetches the files that the configs in confs/ expect; without a NAME, all of them
   classifier  data/pretrained/256x256_classifier.pt  0.2 GB
   data        data/datasets.zip, unpacked to data/datasets/gts and
               data/datasets/gt_keep_masks; files that exist there are kept as they are
+  ldm         data/pretrained/inpainting_big.ckpt    3.3 GB or more; only for method: latent. If
+              it comes as a zip, inpainting_big.zip beside it, that is unpacked, which for a
+              while takes the room twice, and then removed
   lpips       data/pretrained/lpips/*.pth            0.8 GB, four files; only evaluate.py needs
               them, to measure LPIPS
 
@@ -29,8 +33,8 @@ Examples:
   ./download.sh imagenet classifier data   what the confs/test_inet256_*.yml need
 
 Needs gdown (pip install gdown) for celeba, places and data, curl or wget for imagenet,
-classifier and lpips, unzip for data, and sha256sum or shasum for lpips. Run the same
-command again to resume what was interrupted; what is complete is not fetched again.
+classifier, ldm and lpips, unzip for data and ldm, and sha256sum or shasum for lpips. Run the
+same command again to resume what was interrupted; what is complete is not fetched again.
 
 Exit status: 0 everything asked for is there, 1 something is missing, 2 wrong usage.
 TEXT
@@ -43,11 +47,13 @@ TEXT
 #   download, url       the function that downloads it, and from where
 #   page                the link to open in a browser
 #   check               the function that tells whether it is complete
-#   min_size, max_size  of a checkpoint, in bytes
+#   archive             the zip that it is unpacked from, if there is one
+#   min_size, max_size  of a checkpoint, in bytes; max_size is empty if it is not known
 #   sha256              its digest, or how that begins; empty if it is not known
 describe() {
   fetch=fetch_file
   check=check_checkpoint
+  archive=
   sha256=
   case $1 in
     celeba)
@@ -74,7 +80,21 @@ describe() {
       fetch=fetch_and_unpack
       check=check_zip
       file=data/datasets.zip
+      archive=$file
       from_drive 1Q_dxuyI41AAmSv9ti3780BwaJQqwvwMv
+      ;;
+    ldm)
+      fetch=fetch_itself_or_zipped
+      check=check_lightning
+      file=data/pretrained/inpainting_big.ckpt
+      archive=data/pretrained/inpainting_big.zip
+      download=over_http
+      url="https://heibox.uni-heidelberg.de/f/4d9ac7ea40c64582b7c9/?dl=1"
+      page=$url
+      # What it surely holds: the network, its moving average, the autoencoder, three tables.
+      # The autoencoder has a second name, under which torch.save may or may not repeat it.
+      min_size=$(((387245827 + 387245829 + 53219486 + 3 * 1000) * 4))
+      max_size=
       ;;
     alexnet-owt-7be5be79.pth)
       for_lpips "$1" https://download.pytorch.org/models 7be5be79
@@ -192,12 +212,33 @@ check_zip() {
   return 1
 }
 
+check_lightning() {
+  local size names
+  size=$(size_of "$1")
+  if [ "$size" -lt "$min_size" ]; then
+    problem="wrong size: $size bytes, expected $min_size or more"
+    return 1
+  fi
+  check_listing "$1" || return
+  is_torch_archive && return
+  problem="a zip file, but not a PyTorch file: it holds no data.pkl"
+  return 1
+}
+
+# The list is at the end of a zip archive, so one that has it is not cut off. Sets $names.
+check_listing() {
+  names=$(unzip -Z1 "$1" 2>/dev/null </dev/null)
+  [ $? -le 1 ] && return
+  problem="damaged, or neither a checkpoint nor a zip file: unzip cannot list it"
+  return 1
+}
+
+is_torch_archive() { printf '%s\n' "$names" | grep -q '^[^/]*/data\.pkl$'; }
+
 fetch_file() {
   local part=$file.part
-  if [ -e "$file" ]; then
-    is_complete "$file" && say "$file: already complete, skipped" && return
-    set_aside || return
-  fi
+  is_there && return
+  [ ! -e "$file" ] || return # it could not be set aside
   mkdir -p "${file%/*}" || { problem="cannot make the folder ${file%/*}"; return 1; }
   if ! leftover_is_complete; then
     say "$file: downloading from $url"
@@ -209,6 +250,14 @@ fetch_file() {
     fi
   fi
   mv -f "$part" "$file" || { problem="cannot rename $part"; return 1; }
+}
+
+# Fails if it has to be fetched, and then has set aside what is not the published file.
+is_there() {
+  [ -e "$file" ] || return
+  is_complete "$file" && say "$file: already complete, skipped" && return
+  set_aside
+  return 1
 }
 
 # Somebody else may have put it there, so it is not ours to delete.
@@ -225,8 +274,7 @@ set_aside() {
 leftover_is_complete() {
   [ -f "$part" ] || return
   is_complete "$part" && return
-  if [ "$download" = over_http ] && ! is_web_page "$part" &&
-    [ "$(size_of "$part")" -lt "$max_size" ]; then
+  if [ "$download" = over_http ] && ! is_web_page "$part" && may_grow; then
     say "$part: $(size_of "$part") bytes are there, resuming"
   else
     rm -f "$part"
@@ -234,6 +282,8 @@ leftover_is_complete() {
   fi
   return 1
 }
+
+may_grow() { [ -z "$max_size" ] || [ "$(size_of "$part")" -lt "$max_size" ]; }
 
 over_http() {
   if have curl; then
@@ -324,6 +374,66 @@ move_new_files() {
     done
 }
 
+# What comes is called a zip. The checkpoint is in it or, being a zip archive too, is it.
+fetch_itself_or_zipped() {
+  have unzip || { problem="unzip is not installed: sudo apt install unzip"; return 1; }
+  is_there && return
+  [ ! -e "$file" ] || return # it could not be set aside
+  fetch_archive && put_in_place
+}
+
+fetch_archive() {
+  local names file=$archive check=check_listing
+  fetch_file
+}
+
+put_in_place() {
+  local names
+  check_listing "$archive" || return
+  if is_torch_archive; then
+    move_checkpoint "$archive"
+  else
+    unpack_checkpoint
+  fi
+}
+
+move_checkpoint() {
+  if ! check_lightning "$1"; then
+    problem="$archive does not hold the published checkpoint ($problem): delete it and run again"
+    return 1
+  fi
+  mv -f "$1" "$file" || { problem="cannot rename $1"; return 1; }
+}
+
+# Its name in the zip does not matter. Zips made on a Mac have __MACOSX/._NAME too: attributes of
+# the file, which the pattern *.ckpt leaves out in a folder.
+unpack_checkpoint() {
+  local staging=$archive.unpacked number status
+  number=$(printf '%s\n' "$names" | grep '\.ckpt$' | grep -vc '^__MACOSX/')
+  if [ "$number" != 1 ]; then
+    problem="$archive holds $number *.ckpt files, not one: see unzip -l $archive"
+    return 1
+  fi
+  say "$archive: unpacking, which takes the room twice"
+  rm -rf "$staging"
+  extract_checkpoint && move_checkpoint "$staging"/*.ckpt
+  status=$?
+  rm -rf "$staging"
+  [ "$status" = 0 ] || return
+  rm -f "$archive"
+  say "$file: unpacked; $archive is not needed any more, removed"
+}
+
+extract_checkpoint() {
+  local status
+  unzip -qq -j "$archive" '*.ckpt' -d "$staging" </dev/null
+  status=$?
+  [ $status -gt 1 ] || return 0
+  problem="$archive could not be unpacked, see the message above: delete it and run again"
+  [ $status != 50 ] || problem="the disk is too full to unpack $archive: make room and run again"
+  return 1
+}
+
 say() { printf '%s\n' "$*"; }
 
 # obtain NAME: brings it to its place if that is possible, and adds to the summary.
@@ -341,9 +451,9 @@ obtain() {
   MISSING  $file
            why: $problem
            by hand: open $page in a browser
-           and save the file as $PWD/$file"
-  [ "$1" != data ] || summary="$summary
-           then run ./download.sh data again, which checks and unpacks it"
+           and save the file as $PWD/${archive:-$file}"
+  [ -z "$archive" ] || summary="$summary
+           then run ./download.sh $1 again, which checks and unpacks it"
 }
 
 [ $# -gt 0 ] || set -- "${NAMES[@]}"
@@ -354,7 +464,7 @@ for name in "$@"; do
     ;;
   esac
   [ "$name" = lpips ] || describe "$name" && continue
-  printf 'download.sh: unknown name "%s"; accepted: %s lpips\n' "$name" "${NAMES[*]}" >&2
+  printf 'download.sh: unknown name "%s"; accepted: %s ldm lpips\n' "$name" "${NAMES[*]}" >&2
   exit 2
 done
 

@@ -6,6 +6,7 @@ it; large files are sparse, so they cost nothing.
 
 import hashlib
 import http.server
+import io
 import os
 import re
 import shutil
@@ -16,9 +17,11 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "download.sh"
 BASH = shutil.which("bash")
@@ -66,6 +69,9 @@ LPIPS = {
     "vgg16-397923af.pth": (138_357_544 * 4 + 4_000, "397923af"),
     "vgg.pth": (7289, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
 }
+# The latent model: the weights that it surely has, 4 bytes each, and where it comes from.
+LDM_WEIGHTS = (387_245_827 + 387_245_829 + 53_219_486 + 3_000) * 4
+LDM_URL = "https://heibox.uni-heidelberg.de/f/4d9ac7ea40c64582b7c9/?dl=1"
 QUOTA_PAGE = "<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
 FACE = b"a picture of a face"
 MASK = b"a mask"
@@ -89,11 +95,20 @@ def write(size, start=b"PK"):
 
 FAKE_UNZIP = """#!{python}
 import sys, zipfile
+from fnmatch import fnmatch
 try:
-    archive = zipfile.ZipFile([a for a in sys.argv[1:] if a.endswith((".zip", ".part"))][0])
+    archive = zipfile.ZipFile([a for a in sys.argv[1:] if not a.startswith("-")][0])
     if "-t" in sys.argv:
         sys.exit(2 if archive.testzip() else 0)
-    archive.extractall(sys.argv[sys.argv.index("-d") + 1])
+    if "-Z1" in sys.argv:
+        sys.exit(print(*archive.namelist(), sep="\\n"))
+    members = archive.infolist()
+    if "-j" in sys.argv:  # what matches a pattern, without its folders
+        pattern = sys.argv[sys.argv.index("-d") - 1]
+        members = [member for member in members if fnmatch(member.filename, pattern)]
+        for member in members:
+            member.filename = member.filename.split("/")[-1]
+    archive.extractall(sys.argv[sys.argv.index("-d") + 1], members)
 except zipfile.BadZipFile:
     sys.exit(9)
 """
@@ -384,6 +399,239 @@ def test_the_published_heads_pass(checkout):
     assert result.stdout.count("already complete, skipped") == 2
 
 
+# --- ldm: the checkpoint itself, or a zip that holds it ---
+
+
+@pytest.fixture
+def small(checkout: Checkout) -> Checkout:
+    """A script that expects a tiny latent model, of 1000 weights."""
+    script = checkout.root / SCRIPT.name
+    text, found = re.subn(r"min_size=\$\(\(\(387.*\)\)", "min_size=4000", script.read_text())
+    assert found == 1
+    script.write_text(text)
+    return checkout
+
+
+@cache
+def latent_checkpoint(weights: int = 1000) -> bytes:
+    """What Lightning writes, made by the real torch.save."""
+    contents = {"state_dict": {"betas": torch.rand(weights)}, "epoch": 6, "callbacks": {}}
+    torch.save(contents, file := io.BytesIO())
+    return file.getvalue()
+
+
+def zip_with(path: Path, *checkpoints: str, content: bytes | None = None) -> Path:
+    """A deflated zip of small files and of checkpoints by these names."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ldm/project.yaml", "model: {}\n")
+        archive.writestr("ldm/model.ckpt.txt", "no checkpoint, by its name")
+        archive.writestr("ldm/pictures/data.pkl", "of a checkpoint only with one folder above it")
+        for name in checkpoints:
+            archive.writestr(name, content or latent_checkpoint())
+    return path
+
+
+def moving(path: Path) -> str:
+    return f"os.rename({str(path)!r}, out)"  # sparse files stay sparse
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["model.ckpt"], ["a/b/my last.ckpt"], ["ldm/last.ckpt", "__MACOSX/ldm/._last.ckpt"]],
+)
+@pytest.mark.parametrize("tool", ["curl", "wget"])
+def test_ldm_is_unpacked_from_a_zip_whatever_its_name_there(small, tmp_path, tool, names):
+    small.fake(tool, copying(zip_with(tmp_path / "made.zip", *names)))
+    result = small.run("ldm")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = small.pretrained.iterdir()
+    assert path.name == "inpainting_big.ckpt" and path.read_bytes() == latent_checkpoint()
+    (call,) = small.calls()
+    assert f" {LDM_URL} |" in call
+    assert "  there    data/pretrained/inpainting_big.ckpt\n" in result.stdout
+    again = small.run("ldm")
+    assert "inpainting_big.ckpt: already complete, skipped" in again.stdout
+    assert len(small.calls()) == 1
+
+
+def test_ldm_that_is_the_checkpoint_itself_only_gets_its_name(small, tmp_path):
+    (tmp_path / "made").write_bytes(latent_checkpoint())
+    small.fake("curl", copying(tmp_path / "made"))
+    result = small.run("ldm")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = small.pretrained.iterdir()
+    assert path.name == "inpainting_big.ckpt" and path.read_bytes() == latent_checkpoint()
+
+
+def sparse_checkpoint(path: Path, size: int) -> Path:
+    """A torch archive of so many bytes: a hole between its pickle and the list at its end."""
+    length_of_list = 0
+    for _ in range(2):  # the first time tells how long the list is
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02}.")
+            archive.start_dir = size - length_of_list
+        length_of_list += path.stat().st_size - size
+    return path
+
+
+@pytest.mark.parametrize("size, code", [(LDM_WEIGHTS - 1, 1), (LDM_WEIGHTS, 0), (10**10, 0)])
+def test_ldm_has_at_least_its_weights(checkout, tmp_path, size, code):
+    checkout.fake("curl", moving(sparse_checkpoint(tmp_path / "made", size)))
+    result = checkout.run("ldm")
+    assert result.returncode == code, result.stdout + result.stderr
+    name = "inpainting_big.zip" if code else "inpainting_big.ckpt"
+    assert checkout.checkpoints() == {name: size}
+    least = f"(wrong size: {size} bytes, expected {LDM_WEIGHTS} or more): delete it and run again"
+    assert (least in result.stdout) == bool(code)
+
+
+@pytest.mark.parametrize("content", [b"PK" + bytes(9000), None], ids=["no archive", "zip"])
+def test_wrong_ldm_under_the_final_name_is_set_aside(small, tmp_path, content):
+    """Bytes of no kind, and the zip under the checkpoint's name."""
+    zipped = zip_with(tmp_path / "made.zip", "model.ckpt", "second.ckpt")
+    wrong = content or zipped.read_bytes()
+    (small.pretrained / "inpainting_big.ckpt").write_bytes(wrong)
+    (tmp_path / "made").write_bytes(latent_checkpoint())
+    small.fake("curl", copying(tmp_path / "made"))
+    result = small.run("ldm")
+    assert result.returncode == 0, result.stdout
+    assert (small.pretrained / "inpainting_big.ckpt").read_bytes() == latent_checkpoint()
+    assert (small.pretrained / "inpainting_big.ckpt.bad").read_bytes() == wrong
+    why = "cannot list it" if content else "it holds no data.pkl"
+    assert f"{why}; moved to data/pretrained/inpainting_big.ckpt.bad" in result.stdout
+
+
+def test_zip_of_ldm_that_was_saved_by_hand_is_unpacked_without_a_download(small):
+    zip_with(small.pretrained / "inpainting_big.zip", "model.ckpt")
+    result = small.run("ldm")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert small.checkpoints() == {"inpainting_big.ckpt": len(latent_checkpoint())}
+    assert "data/pretrained/inpainting_big.zip is not needed any more, removed" in result.stdout
+
+
+def test_way_by_hand_of_ldm_leads_to_the_zip(small):
+    result = small.run("ldm")
+    assert result.returncode == 1
+    summary = result.stdout.partition("Summary\n")[2]
+    assert summary == (
+        "  MISSING  data/pretrained/inpainting_big.ckpt\n"
+        "           why: neither curl nor wget is installed: sudo apt install curl\n"
+        f"           by hand: open {LDM_URL} in a browser\n"
+        f"           and save the file as {small.pretrained}/inpainting_big.zip\n"
+        "           then run ./download.sh ldm again, which checks and unpacks it\n"
+    )
+
+
+@pytest.mark.parametrize("names", [[], ["a.ckpt", "b/a.ckpt"]])
+def test_zip_of_none_or_several_checkpoints_is_said_and_kept(small, tmp_path, names):
+    small.fake("curl", copying(zip_with(tmp_path / "made.zip", *names)))
+    result = small.run("ldm")
+    assert result.returncode == 1
+    path = "data/pretrained/inpainting_big.zip"
+    why = f"why: {path} holds {len(names)} *.ckpt files, not one: see unzip -l {path}\n"
+    assert why in result.stdout
+    assert list(small.checkpoints()) == ["inpainting_big.zip"]
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"text " * 1000, "unzip cannot list it"),
+        (b"text", "wrong size: 4 bytes, expected 4000 or more"),
+    ],
+    ids=["text", "small"],
+)
+def test_zip_of_another_checkpoint_is_said_and_kept(small, tmp_path, content, why):
+    small.fake("curl", copying(zip_with(tmp_path / "made.zip", "x.ckpt", content=content)))
+    result = small.run("ldm")
+    assert result.returncode == 1
+    start = "why: data/pretrained/inpainting_big.zip does not hold the published checkpoint ("
+    assert re.search(rf"{re.escape(start)}.*{why}\): delete it and run again\n", result.stdout)
+    assert list(small.checkpoints()) == ["inpainting_big.zip"]
+
+
+def test_damage_inside_the_zip_of_ldm_is_found_when_it_is_unpacked(small, tmp_path):
+    archive = tmp_path / "made.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("model.ckpt", latent_checkpoint())
+    archive.write_bytes(archive.read_bytes().replace(b"callbacks", b"CALLBACKS", 1))
+    small.fake("curl", copying(archive))
+    result = small.run("ldm")
+    assert result.returncode == 1
+    assert "inpainting_big.zip could not be unpacked, see the message above" in result.stdout
+    assert list(small.checkpoints()) == ["inpainting_big.zip"]
+
+
+def test_full_disk_is_named_and_costs_no_second_download(small, tmp_path):
+    archive = zip_with(small.pretrained / "inpainting_big.zip", "model.ckpt")
+    before = archive.read_bytes()
+    whole = (small.bin / "unzip").rename(small.bin / "real unzip")
+    half = 'mkdir -p "${@: -1}"; echo half >"${@: -1}/model.ckpt"; exit 50'
+    script = f'#!{BASH}\ncase $* in *" -d "*) {half};; esac\nexec "{whole}" "$@"\n'
+    small.command("unzip", script)
+    result = small.run("ldm")
+    assert result.returncode == 1
+    assert "the disk is too full to unpack data/pretrained/inpainting_big.zip" in result.stdout
+    assert {path.name: path.read_bytes() for path in small.pretrained.iterdir()} == {
+        "inpainting_big.zip": before
+    }
+
+
+def test_unzip_killed_midway_leaves_no_half_of_a_checkpoint(small):
+    """What it leaves in its own folder is gone after the next run."""
+    zip_with(small.pretrained / "inpainting_big.zip", "model.ckpt")
+    staging = small.pretrained / "inpainting_big.zip.unpacked"
+    staging.mkdir()
+    (staging / "model.ckpt").write_bytes(latent_checkpoint()[:3000])
+    (staging / "of yesterday.ckpt").write_bytes(b"")
+    result = small.run("ldm")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = small.pretrained.iterdir()
+    assert path.read_bytes() == latent_checkpoint()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_ldm_is_resumed_until_its_end_is_there(small, tmp_path, zipped):
+    """Of a length that is not known, the list at the end tells whether it is whole."""
+    whole = latent_checkpoint()
+    if zipped:
+        whole = zip_with(tmp_path / "made.zip", "model.ckpt").read_bytes()
+    cut = len(whole) - 100
+    part = small.pretrained / "inpainting_big.zip.part"
+    part.write_bytes(whole[:3000])
+    rest = f"open(out, 'ab').write(open({str(tmp_path / 'whole')!r}, 'rb').read()[there:%s])"
+    (tmp_path / "whole").write_bytes(whole)
+    small.fake("curl", f"{rest % cut}\nsys.exit('connection lost')")
+    result = small.run("ldm")
+    assert result.returncode == 1
+    assert "same command again to resume" in result.stdout
+    assert small.checkpoints() == {part.name: cut}
+    small.fake("curl", rest % "")
+    result = small.run("ldm")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [call.split("| ")[1] for call in small.calls()] == ["there: 3000", f"there: {cut}"]
+    (path,) = small.pretrained.iterdir()
+    assert path.read_bytes() == latent_checkpoint()
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (QUOTA_PAGE.encode(), "a web page came instead of the file"),
+        (bytes(5000), "damaged, or neither a checkpoint nor a zip file"),
+        (latent_checkpoint()[:-30], "damaged, or neither a checkpoint nor a zip file"),
+    ],
+    ids=["page", "zeros", "cut off"],
+)
+def test_what_is_neither_ldm_nor_a_zip_is_removed(small, tmp_path, content, why):
+    (tmp_path / "made").write_bytes(content)
+    small.fake("curl", copying(tmp_path / "made"))
+    result = small.run("ldm")
+    assert result.returncode == 1
+    assert f"why: {why}" in result.stdout and "starts afresh" in result.stdout
+    assert small.checkpoints() == {}
+
+
 # --- resuming ---
 
 
@@ -546,11 +794,19 @@ def test_wrong_file_under_the_final_name_is_set_aside_not_lost(checkout):
     }
 
 
-def test_second_wrong_file_is_left_alone(checkout):
-    for name in ("256x256_classifier.pt", "256x256_classifier.pt.bad"):
-        checkout.place(name, 123)
+@pytest.mark.parametrize(
+    "target, name",
+    [
+        ("classifier", "256x256_classifier.pt"),
+        ("ldm", "inpainting_big.ckpt"),
+        ("ldm", "inpainting_big.zip"),
+    ],
+)
+def test_second_wrong_file_is_left_alone(checkout, target, name):
+    checkout.place(name, 123)
+    checkout.place(f"{name}.bad", 123)
     checkout.fake("curl", f"write({SIZES['classifier']})")
-    result = checkout.run("classifier")
+    result = checkout.run(target)
     assert result.returncode == 1
     assert "move it away" in result.stdout
     assert checkout.calls() == []
@@ -575,6 +831,7 @@ def test_one_failure_does_not_keep_the_others_away(checkout):
         ("classifier", "neither curl nor wget is installed"),
         ("celeba", "gdown is not installed: pip install gdown"),
         ("data", "unzip is not installed"),
+        ("ldm", "unzip is not installed"),
     ],
 )
 def test_missing_tool_is_named_with_the_way_by_hand(checkout, target, why):
@@ -592,7 +849,7 @@ def test_unknown_name_stops_before_any_download(checkout, name):
     checkout.fake("curl", "write(1)")
     result = checkout.run("classifier", name)
     assert result.returncode == 2
-    accepted = "celeba places imagenet classifier data lpips"
+    accepted = "celeba places imagenet classifier data ldm lpips"
     assert result.stderr == f'download.sh: unknown name "{name}"; accepted: {accepted}\n'
     assert checkout.calls() == []
 
@@ -601,7 +858,8 @@ def test_help_names_every_target_and_downloads_nothing(checkout):
     checkout.fake("curl", "write(1)")
     result = checkout.run("classifier", "--help")
     assert result.returncode == 0
-    assert all(re.search(rf"^  {name} ", result.stdout, re.M) for name in [*NAMES, "data", "lpips"])
+    names = [*NAMES, "data", "ldm", "lpips"]
+    assert all(re.search(rf"^  {name} ", result.stdout, re.M) for name in names)
     assert checkout.calls() == []
 
 
