@@ -37,6 +37,9 @@ CHANNEL_MULT_BY_IMAGE_SIZE: dict[int, tuple[float, ...]] = {
 }
 
 
+CUT = 128  # level of a mask (0 to 255) at which it is cut into black and white, where it is
+
+
 class UserError(Exception):
     """A mistake of the user; str(error) is the one line to print."""
 
@@ -234,7 +237,7 @@ class Config:
     def known_from(self) -> int | None:
         """Level of the mask (0 to 255) from which the input's own bytes come out; None: never."""
         if self.latent:
-            return 128
+            return CUT
         return 255 if self.paste_known else None
 
     @property

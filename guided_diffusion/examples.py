@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from guided_diffusion.config import DatasetConfig
+from guided_diffusion.config import CUT, DatasetConfig
 from guided_diffusion.image_datasets import (
-    CUT,
     Pair,
     image_to_tensor,
     mask_to_tensor,

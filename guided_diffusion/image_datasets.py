@@ -24,7 +24,6 @@ from guided_diffusion.config import UserError
 from guided_diffusion.pictures import list_images, read_rgb
 
 READERS = 4  # threads
-CUT = 128  # the level at which masks are cut into black and white, where they are
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from guided_diffusion.config import DatasetConfig, UserError
-from guided_diffusion.image_datasets import CUT, Pair, for_each, read_mask
+from guided_diffusion.config import CUT, DatasetConfig, UserError
+from guided_diffusion.image_datasets import Pair, for_each, read_mask
 from guided_diffusion.pictures import read_rgb, resize_and_crop
 from guided_diffusion.regions import cut_keep, find_regions, keep_of
 

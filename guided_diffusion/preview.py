@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from guided_diffusion import storage
-from guided_diffusion.config import Config, DatasetConfig, UserError
+from guided_diffusion.config import CUT, Config, DatasetConfig, UserError
 from guided_diffusion.examples import Photo, View, black_and_white, load_example
 from guided_diffusion.image_datasets import (
-    CUT,
     Pair,
     find_pairs,
     image_to_tensor,

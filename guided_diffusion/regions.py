@@ -16,6 +16,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+from guided_diffusion.config import CUT
 from guided_diffusion.pictures import resize_and_crop
 
 CLOSE = 8  # holes that touch when they grow by S / CLOSE pixels can be one group
@@ -43,9 +44,9 @@ class Region:
 
 
 def keep_of(mask: Image.Image | np.ndarray) -> np.ndarray:
-    """bool (H, W): where a mask, a picture or uint8 (H, W) or (H, W, 3), is at least 128."""
+    """bool (H, W): where a mask, a picture or uint8 (H, W) or (H, W, 3), is at least CUT."""
     image = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
-    return np.asarray(image.convert("L")) >= 128
+    return np.asarray(image.convert("L")) >= CUT
 
 
 def label_holes(keep: np.ndarray) -> np.ndarray:

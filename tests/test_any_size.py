@@ -25,9 +25,9 @@ from test_plan import CPU, TIMES, Case, names, names_in_batches
 from guided_diffusion import preview
 from guided_diffusion.accel import Speed
 from guided_diffusion.animation import Stage, shown_size
-from guided_diffusion.config import Config, UserError, load_config, to_yaml_dict
+from guided_diffusion.config import CUT, Config, UserError, load_config, to_yaml_dict
 from guided_diffusion.examples import Crop, load_example
-from guided_diffusion.image_datasets import CUT, Pair
+from guided_diffusion.image_datasets import Pair
 from guided_diffusion.input_checks import check_pairs
 from guided_diffusion.pictures import load_prepared, prepare, read_size
 from guided_diffusion.plan import Task, from_json, make_batches, to_json
