@@ -2,18 +2,30 @@
 
 import os
 import pickle
-import re
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import PurePath
 from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import nn
 
-from guided_diffusion import storage
-from guided_diffusion.config import CHANNEL_MULT_BY_IMAGE_SIZE, UserError
+from guided_diffusion import lightning, storage
+from guided_diffusion.config import UserError
+from guided_diffusion.lightning import StoredTensor
+from guided_diffusion.weights_report import (
+    TIME_EMBED,
+    Explain,
+    Shapes,
+    difference_message,
+    explain_autoencoder,
+    explain_latent_unet,
+    explain_pixel_network,
+)
 
 # What `download.sh` calls the published files.
 DOWNLOADS = {
@@ -21,6 +33,7 @@ DOWNLOADS = {
     "places256_300000.pt": "places",
     "256x256_diffusion.pt": "imagenet",
     "256x256_classifier.pt": "classifier",
+    "inpainting_big.ckpt": "ldm",
 }
 
 DEMO_MODEL = "portraits64.pt"
@@ -29,8 +42,24 @@ PIECE = 2**26  # weights of a checkpoint placed at a time: more pieces, less mem
 
 Network = TypeVar("Network", bound=nn.Module)
 Place = Callable[[str, nn.Module, dict[str, torch.Tensor]], None]
-Shapes = dict[str, tuple[int, ...]]
-Features = dict[str, str | None]  # config key -> its value; None: the shapes do not tell
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which tensors of a latent diffusion checkpoint are a network's."""
+
+    prefix: str  # before the names that the network has for them
+    explain: Explain
+    average: str | None = None  # where their moving average is: before the names without dots
+
+    def stored_name(self, name: str) -> str:
+        """What the tensor to be used is called in a file, by the network's name for it."""
+        return self.average + name.replace(".", "") if self.average else self.prefix + name
+
+
+LATENT_UNET = Part("model.diffusion_model.", explain_latent_unet, "model_ema.diffusion_model")
+LATENT_AUTOENCODER = Part("first_stage_model.", explain_autoencoder)
 
 
 def place_copies(name: str, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -42,21 +71,24 @@ def place_copies(name: str, module: nn.Module, weights: dict[str, torch.Tensor])
         setattr(module, key, nn.Parameter(weight, requires_grad=False))
 
 
-def load_weights(network: Network, path: str, place: Place = place_copies) -> Network:
+def load_weights(
+    network: Network, path: str, place: Place = place_copies, part: Part | None = None
+) -> Network:
     """Fill a network built on the meta device with the weights of a checkpoint.
 
     place: (name of a module, module, its weights in the mapped file); what it keeps of them it
     copies, for the file is mapped and left again piece by piece, so that all weights are in memory
-    once. Raises UserError, as `load_state_dict` and if any key or shape differs.
+    once. part: where they are in a latent diffusion checkpoint; None: the file has them alone.
+    Raises UserError, as `load_state_dict` and if any key or shape differs; warns, once, if a part
+    should have a moving average and has none.
     """
-    state_dict = _matching_state_dict(network, path)
+    open_weights = _matching_weights(network, path, part)
     for names in _pieces(network):
+        weights = open_weights()  # anew: what was read of a mapping counts as used until it closes
         for name in names:
             module = network.get_submodule(name)
             keys = {key: f"{name}.{key}" if name else key for key, _ in _own_weights(module)}
-            place(name, module, {key: state_dict.pop(full) for key, full in keys.items()})
-        if _is_zip(local_path(path)):  # what was read of a mapping counts as used until it closes
-            state_dict = _load(path, local_path(path))
+            place(name, module, {key: weights.pop(full) for key, full in keys.items()})
     return network
 
 
@@ -78,9 +110,9 @@ def fingerprint(path: str) -> dict[str, Any]:
     return {"path": path, "bytes": size, "sha256": sha256}
 
 
-def check_weights(network: nn.Module, path: str) -> None:
-    """Compare every key and shape of a checkpoint with a network. Raises UserError."""
-    _matching_state_dict(network, path)
+def check_weights(network: nn.Module, path: str, part: Part | None = None) -> None:
+    """Compare every key and shape of a checkpoint with a network, see `load_weights`."""
+    _matching_weights(network, path, part)
 
 
 def load_state_dict(path: str) -> dict[str, Any]:
@@ -94,21 +126,21 @@ def load_state_dict(path: str) -> dict[str, Any]:
 # ---- Reading ---------------------------------------------------------------------------------
 
 
-def _load(name: str, path: str) -> Any:
-    """The contents of a file that the user knows by this name. Raises UserError."""
-    try:
-        return _read(path)
-    except OSError as error:
-        raise UserError(_unreadable_message(name, error)) from error
-    except Exception as error:  # torch reports damaged files by many unrelated types
-        raise UserError(f"{name}: {_diagnosis(path, error)}; {_remedy(name)}") from error
-
-
 def _read(path: str) -> Any:
     if storage.is_remote(path):
         with storage.open_binary(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+
+
+def _load(name: str, path: str, read: Callable[[str], Any] = _read) -> Any:
+    """The contents of a file that the user knows by this name. Raises UserError."""
+    try:
+        return read(path)
+    except OSError as error:
+        raise UserError(_unreadable_message(name, error)) from error
+    except Exception as error:  # torch reports damaged files by many unrelated types
+        raise UserError(f"{name}: {_diagnosis(path, error)}; {_remedy(name)}") from error
 
 
 @cache
@@ -163,6 +195,8 @@ def _diagnosis(path: str, error: Exception) -> str:
         return "the file is incomplete, its end is missing"
     if start != _ZIP and not start.startswith(_PICKLE):
         return "this is no checkpoint, but a file of another kind, such as text or a web page"
+    if isinstance(error, lightning.ForeignError):
+        return str(error)
     if isinstance(error, pickle.UnpicklingError):
         return (
             "the file is damaged, or it holds objects that could run code when loaded (nothing "
@@ -188,15 +222,94 @@ def _first_line(error: Exception) -> str:
 # ---- Comparing -------------------------------------------------------------------------------
 
 
-def _matching_state_dict(network: nn.Module, path: str) -> dict[str, torch.Tensor]:
-    state_dict = _load(path, local_path(path))
+def _matching_weights(network: nn.Module, path: str, part: Part | None) -> Callable[[], Weights]:
+    """What opens the weights of a checkpoint, all of whose keys and shapes are the network's."""
+    wanted, local = _shapes(network.state_dict()), local_path(path)
+    if part:
+        return _matching_part(wanted, path, local, part)
+    try:
+        return _matching_file(wanted, path, local)
+    except UserError as error:
+        if not _is_latent(local):
+            raise
+        message = "this is a latent diffusion checkpoint: set method: latent, or take another file"
+        raise UserError(f"{path}: {message}") from error
+
+
+def _matching_file(wanted: Shapes, path: str, local: str) -> Callable[[], Weights]:
+    state_dict = _load(path, local)
     if not _is_state_dict(state_dict):
         raise UserError(f"{path}: {_no_state_dict_message(state_dict)}")
-    found = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-    wanted = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    if found != wanted:
-        raise UserError(f"{path}: {_difference_message(wanted, found)}")
-    return state_dict
+    _compare(path, wanted, _shapes(state_dict), explain_pixel_network)
+    return partial(_load, path, local) if _is_zip(local) else lambda: state_dict
+
+
+def _matching_part(wanted: Shapes, path: str, local: str, part: Part) -> Callable[[], Weights]:
+    stored = _load(path, local, lightning.read_state_dict)
+    names = _names_in_file(part, stored, wanted)
+    if problem := _part_problem(part, stored, names):
+        raise UserError(f"{path}: {problem}")
+    tensors = {name: stored[in_file] for name, in_file in names.items()}
+    _compare(path, wanted, _shapes(tensors), part.explain)
+    if part.average and not _averages(part, stored):
+        _warn_of_plain_weights(path)
+    return partial(_load, path, local, partial(lightning.map_tensors, tensors=tensors))
+
+
+def _names_in_file(part: Part, stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """The names of a part's tensors in a file, by the network's names for them."""
+    own = [name for name in stored if name.startswith(part.prefix)]
+    plain = {name.removeprefix(part.prefix): name for name in own}
+    averages = _averages(part, stored)
+    if not averages:
+        return plain
+    # Where dots were is told by the network's names and, if it is another, by the plain ones.
+    dotted = {part.stored_name(name): name for name in (*plain, *wanted)}
+    return {dotted.get(name, name): name for name in averages}
+
+
+def _averages(part: Part, stored: Iterable[str]) -> list[str]:
+    return [name for name in stored if part.average and name.startswith(part.average)]
+
+
+def _part_problem(part: Part, stored: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
+    """Why a file has not the part, in which all is to be a tensor; None: it has."""
+    if TIME_EMBED in stored:
+        return "this is a pixel-space model: set method: pixel, or take a latent diffusion one"
+    if not names:
+        first = f"; the first is {next(iter(stored))!r}" if stored else ""
+        return f"no whole latent diffusion model: no name in it begins with {part.prefix!r}{first}"
+    strange = [name for name in names.values() if stored[name] is None]
+    return f"{strange[0]} in it is no tensor of floating-point numbers" if strange else None
+
+
+@cache
+def _warn_of_plain_weights(path: str) -> None:
+    """Warn, once a process."""
+    warnings.warn(
+        f"{path}: the file has no moving average (model_ema) of the weights; going on with the "
+        "plain ones, whose pictures are worse",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _is_latent(path: str) -> bool:
+    """Whether it is a file of latent diffusion, whatever else is wrong with it."""
+    names = {}
+    if _is_zip(path):
+        with suppress(Exception):  # it is damaged, as has been said
+            names = lightning.read_state_dict(path)
+    return any(name.startswith((LATENT_UNET.prefix, LATENT_UNET.average)) for name in names)
+
+
+def _compare(path: str, wanted: Shapes, found: Shapes, explain: Explain) -> None:
+    if wanted != found:
+        raise UserError(f"{path}: {difference_message(wanted, found, explain)}")
+
+
+def _shapes(weights: Mapping[str, torch.Tensor | StoredTensor]) -> Shapes:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def _own_weights(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -231,147 +344,3 @@ def _no_state_dict_message(contents: Any) -> str:
         else "save the network's state_dict() alone"
     )
     return f"not a plain state dict, which is a map of names to tensors; {remedy}"
-
-
-def _difference_message(wanted: Shapes, found: Shapes) -> str:
-    """Why a checkpoint does not fit, in the config's terms, and what differs; one line."""
-    missing = [key for key in wanted if key not in found]
-    unknown = [key for key in found if key not in wanted]
-    misshaped = [key for key in wanted if key in found and wanted[key] != found[key]]
-    differences = []
-    if missing:
-        differences.append(f"{len(missing)} missing, first {missing[0]}")
-    if unknown:
-        differences.append(f"{len(unknown)} unknown, first {unknown[0]}")
-    if misshaped:
-        key = misshaped[0]
-        differences.append(
-            f"{len(misshaped)} of another shape, first {key}, {list(found[key])} in the file and "
-            f"{list(wanted[key])} by the config"
-        )
-    reasons = "; ".join(_explanations(wanted, found))
-    return f"the checkpoint does not fit the config: {reasons} (weights: {'; '.join(differences)})"
-
-
-def _explanations(wanted: Shapes, found: Shapes) -> Iterator[str]:
-    """What accounts for the differences, and what to do about it."""
-    if not _size(found, _TIME_EMBED, 1):
-        prefix = _prefix(found)
-        yield (
-            f"its names begin with {prefix!r}: save the state_dict() of the network inside"
-            if prefix
-            else f"it is no network of this family, which would have {_TIME_EMBED}"
-        )
-        return
-    if _is_denoiser(wanted) != _is_denoiser(found):
-        yield (
-            "it is a denoiser, which belongs in model_path"
-            if _is_denoiser(found)
-            else "it is a classifier, which belongs in classifier_path"
-        )
-        return
-    read_features = _denoiser_features if _is_denoiser(wanted) else _classifier_features
-    ours, theirs = read_features(wanted), read_features(found)
-    explained = False
-    for key in ours:
-        if None not in (ours[key], theirs[key]) and ours[key] != theirs[key]:
-            yield f"{key}: {theirs[key]} in the file, {ours[key]} in the config"
-            explained = True
-    if not explained:
-        yield "no key of the config explains it, so the file is incomplete or for another program"
-
-
-_TIME_EMBED = "time_embed.0.weight"  # every network of this family has it, of width num_channels
-
-
-def _prefix(shapes: Shapes) -> str:
-    """What a wrapper, such as DataParallel, put before every name."""
-    nested = next((key for key in shapes if key.endswith(f".{_TIME_EMBED}")), "")
-    return nested.removesuffix(_TIME_EMBED)
-
-
-def _is_denoiser(shapes: Shapes) -> bool:
-    return any(key.startswith("output_blocks.") for key in shapes)
-
-
-def _denoiser_features(shapes: Shapes) -> Features:
-    """What the shapes of a denoiser tell of the config that it was made with."""
-    channels = _size(shapes, _TIME_EMBED, 1)
-    upsampler = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight")
-    levels = 1 + sum(upsampler.fullmatch(key) is not None for key in shapes)
-    per_level = _count_blocks(shapes) // levels  # residual ones, and the stem or a downsampling one
-    firsts = [f"input_blocks.{level * per_level + 1}" for level in range(levels)]
-    widths = [_size(shapes, f"{block}.0.out_layers.3.weight") for block in firsts]
-    attended = [level for level, block in enumerate(firsts) if f"{block}.1.qkv.weight" in shapes]
-    return {
-        "num_channels": str(channels),
-        "channel_mult": ",".join(f"{width / channels:g}" for width in widths),
-        "num_res_blocks": str(max(per_level - 1, 0)),
-        # The file does not tell what image_size is.
-        "attention_resolutions": ",".join(f"image_size/{2**level}" for level in attended) or "none",
-        "resblock_updown": _resblock_updown(shapes),
-        "use_scale_shift_norm": _use_scale_shift_norm(shapes),
-        "learn_sigma": _yaml(_size(shapes, "out.2.weight") == 6),
-        "class_cond": _class_cond(shapes),
-    }
-
-
-def _classifier_features(shapes: Shapes) -> Features:
-    """What the shapes of a classifier tell of the config that it was made with."""
-    attention = re.compile(r"input_blocks\.([0-9]{1,3})\.1\.qkv\.weight")
-    attended = sorted(int(match[1]) for match in map(attention.fullmatch, shapes) if match)
-    # All residual blocks of a level attend, or none; the downsampling one after them never does.
-    depth = next((i for i, block in enumerate(attended) if block != attended[0] + i), len(attended))
-    image_size = _IMAGE_SIZES.get(_count_blocks(shapes) // (depth + 1)) if depth else None
-    levels = sorted({(block - 1) // (depth + 1) for block in attended})
-    sides = [str(image_size // 2**level) for level in levels] if image_size else []
-    return {
-        "image_size": str(image_size) if image_size else None,
-        "classifier_width": str(_size(shapes, _TIME_EMBED, 1)),
-        "classifier_depth": str(depth) if depth else None,
-        "classifier_attention_resolutions": ",".join(sides) or (None if attended else "none"),
-        "classifier_resblock_updown": _resblock_updown(shapes),
-        "classifier_use_scale_shift_norm": _use_scale_shift_norm(shapes),
-        "classifier_pool": _pool(shapes),
-    }
-
-
-# A classifier's levels follow from its image_size, so they tell it.
-_IMAGE_SIZES = {len(mult): size for size, mult in CHANNEL_MULT_BY_IMAGE_SIZE.items()}
-
-
-def _count_blocks(shapes: Shapes) -> int:
-    return len({key.split(".")[1] for key in shapes if key.startswith("input_blocks.")})
-
-
-def _size(shapes: Shapes, key: str, dim: int = 0) -> int:
-    """A side of a weight; 0 where there is no such weight or side."""
-    shape = shapes.get(key, ())
-    return shape[dim] if dim < len(shape) else 0
-
-
-def _yaml(flag: bool) -> str:
-    return str(flag).lower()
-
-
-def _resblock_updown(shapes: Shapes) -> str:
-    return _yaml(not any(key.endswith(".op.weight") for key in shapes))
-
-
-def _use_scale_shift_norm(shapes: Shapes) -> str:
-    block = "middle_block.0"
-    width = _size(shapes, f"{block}.out_layers.3.weight")
-    return _yaml(_size(shapes, f"{block}.emb_layers.1.weight") == 2 * width)
-
-
-def _class_cond(shapes: Shapes) -> str:
-    classes = _size(shapes, "label_emb.weight")
-    return f"true ({classes} classes)" if classes else "false"
-
-
-def _pool(shapes: Shapes) -> str:
-    if "out.2.positional_embedding" in shapes:
-        return "attention"
-    if len(shapes.get("out.3.weight", ())) == 4:
-        return "adaptive"
-    return "spatial_v2" if "out.3.weight" in shapes else "spatial"

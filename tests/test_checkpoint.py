@@ -1,29 +1,55 @@
 """Checkpoints: what loads, what is refused, and whether the reason given is the true one."""
 
+import collections
+import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from filled_weights import filled
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, lightning
+from guided_diffusion.autoencoder import Autoencoder
 from guided_diffusion.checkpoint import (
     DOWNLOADS,
-    _difference_message,
+    LATENT_AUTOENCODER,
+    LATENT_UNET,
+    Part,
     check_weights,
     load_state_dict,
     load_weights,
 )
-from guided_diffusion.config import ClassifierConfig, NetworkConfig, UserError, load_config
-from guided_diffusion.factory import classifier_params, unet_params
+from guided_diffusion.config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    LatentUNetConfig,
+    NetworkConfig,
+    UserError,
+    load_config,
+)
+from guided_diffusion.factory import (
+    autoencoder_params,
+    classifier_params,
+    latent_unet_params,
+    unet_params,
+)
 from guided_diffusion.unet import Classifier, UNet
+from guided_diffusion.weights_report import (
+    difference_message,
+    explain_autoencoder,
+    explain_latent_unet,
+    explain_pixel_network,
+)
 
 ROOT = Path(__file__).parents[1]
 TINY_FILE = ROOT / "tests" / "golden" / "tiny32.pt"
@@ -61,12 +87,12 @@ def save_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
     return str(path)
 
 
-def refusal(network: torch.nn.Module, path: Path | str) -> str:
+def refusal(network: torch.nn.Module, path: Path | str, part: Part | None = None) -> str:
     """The one line with which a checkpoint is refused, both by a check and on loading."""
     with pytest.raises(UserError) as on_check:
-        check_weights(network, str(path))
+        check_weights(network, str(path), part)
     with pytest.raises(UserError) as on_load:
-        load_weights(network, str(path))
+        load_weights(network, str(path), part=part)
     message = str(on_check.value)
     assert message == str(on_load.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
@@ -117,7 +143,8 @@ def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
     """A file of 256 MB, in pieces of 16 MB, in a process of its own."""
     script = """
 import re, sys, torch
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, lightning
+from guided_diffusion.autoencoder import Autoencoder
 checkpoint.PIECE = 2**22
 with torch.device("meta"):
     network = torch.nn.Sequential(*[torch.nn.Conv2d(512, 512, 4) for _ in range(16)])
@@ -143,6 +170,15 @@ def test_a_checkpoint_in_many_pieces_is_whole(tmp_path, tiny, monkeypatch):
     for name in ("zip.pt", "old.pt"):
         found = load_weights(denoiser(), str(tmp_path / name)).state_dict()
         assert all(torch.equal(found[key], tiny[key]) for key in tiny)
+
+
+def test_old_files_which_cannot_be_mapped_are_read_once(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE", 300)
+    torch.save(tiny, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kw: loads.append(args) or load(*args, **kw))
+    load_weights(denoiser(), str(tmp_path / "old.pt"))
+    assert len(loads) == 1
 
 
 def test_weights_come_in_channels_last_and_the_file_stays_as_it_was(tmp_path, tiny):
@@ -426,11 +462,377 @@ def test_one_missing_one_unknown_and_one_misshaped_weight_are_each_refused(tmp_p
         assert "no key of the config explains it" in message
 
 
+# ---- Latent diffusion ----
+
+MANIFESTS = json.loads((ROOT / "tests/golden/ldm/state_dict_manifests.json").read_text("utf-8"))
+LATENT_TINY = LatentUNetConfig(  # what the manifest "tiny" describes
+    image_size=16,
+    model_channels=32,
+    attention_resolutions=(4, 2),
+    num_res_blocks=1,
+    channel_mult=(1, 2, 3),
+    num_heads=4,
+)
+VQ_TINY = AutoencoderConfig(ch=32, num_res_blocks=1, n_embed=256)
+
+
+def latent_unet(config: LatentUNetConfig = LATENT_TINY) -> UNet:
+    with torch.device("meta"):
+        return UNet(latent_unet_params(config))
+
+
+def autoencoder(config: AutoencoderConfig = VQ_TINY) -> Autoencoder:
+    with torch.device("meta"):
+        return Autoencoder(autoencoder_params(config))
+
+
+def latent_shapes(
+    unet: LatentUNetConfig = LATENT_TINY, vq: AutoencoderConfig = VQ_TINY, average: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """What a file holds of networks of these configs."""
+    unet_shapes, vq_shapes = shapes_of(latent_unet(unet)), shapes_of(autoencoder(vq))
+    shapes = {f"model.diffusion_model.{key}": shape for key, shape in unet_shapes.items()}
+    shapes |= {f"first_stage_model.{key}": shape for key, shape in vq_shapes.items()}
+    if average:
+        names = {key: "model_ema.diffusion_model" + key.replace(".", "") for key in unet_shapes}
+        shapes |= {names[key]: shape for key, shape in unet_shapes.items()}
+        shapes |= {"model_ema.decay": (), "model_ema.num_updates": ()}
+    return {"betas": (1000,), "cond_stage_model.x": (3,), "loss.logvar": (), **shapes}
+
+
+class Callback:
+    """Stands for what Lightning keeps of its own, and for what a hostile file may hold."""
+
+    def __init__(self, marker: Path):
+        self.evil = _MakesAFolder(marker)
+
+
+def save_latent(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+    """A small file as Lightning writes it, beside whose tensors are objects that run code."""
+    tensors = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    evil = Callback(path.with_suffix(".ran"))
+    contents = {"epoch": 3, "state_dict": collections.OrderedDict(tensors), "callbacks": {0: evil}}
+    torch.save({**contents, "hyper_parameters": evil, "optimizer_states": [evil]}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def latents() -> dict[str, torch.Tensor]:
+    return filled(MANIFESTS["tiny"])
+
+
+def assert_part_loaded(path: Path, part: Part, expected: dict[str, torch.Tensor]) -> None:
+    network = latent_unet() if part is LATENT_UNET else autoencoder()
+    check_weights(network, str(path), part)
+    weights = load_weights(network, str(path), part=part).state_dict()
+    assert {*weights} == {*expected}
+    for key, weight in weights.items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, expected[key].float()), key
+
+
+def below(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {key: weight for key, weight in weights.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): weight for key, weight in found.items()}
+
+
+def averages(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the names of the plain weights, whose order in the file is the same."""
+    names = below("model.diffusion_model.", weights)
+    found = below("model_ema.diffusion_model", weights)
+    return dict(zip(names, found.values(), strict=True))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_moving_average_and_the_autoencoder_load_to_the_bit(tmp_path, latents, wrapped, dtype):
+    latents = {key: weight.to(dtype) for key, weight in latents.items()}
+    evil = Callback(tmp_path / "ran")
+    contents = {"state_dict": latents, "callbacks": evil} if wrapped else latents
+    path = tmp_path / "x.ckpt"
+    torch.save(contents, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_part_loaded(path, LATENT_UNET, averages(latents))
+        assert_part_loaded(path, LATENT_AUTOENCODER, below("first_stage_model.", latents))
+    assert not (tmp_path / "ran").exists()
+    plain = below("model.diffusion_model.", latents)
+    assert not any(torch.equal(plain[key], each) for key, each in averages(latents).items())
+
+
+def test_a_latent_file_in_many_pieces_is_whole(tmp_path, latents, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE", 300)
+    torch.save({"state_dict": latents}, tmp_path / "x.ckpt")
+    assert_part_loaded(tmp_path / "x.ckpt", LATENT_UNET, averages(latents))
+
+
+def test_of_a_latent_file_only_the_part_is_mapped(tmp_path, monkeypatch):
+    mapped, map_tensors = [], lightning.map_tensors
+
+    def spy(path, tensors):
+        mapped.append({(each.start, each.shape) for each in tensors.values()})
+        return map_tensors(path, tensors)
+
+    monkeypatch.setattr(lightning, "map_tensors", spy)
+    path = save_latent(tmp_path / "x.ckpt", latent_shapes())
+    load_weights(autoencoder(), path, part=LATENT_AUTOENCODER)
+    stored = lightning.read_state_dict(path)
+    own = {(each.start, each.shape) for each in below("first_stage_model.", stored).values()}
+    assert mapped and all(each == own for each in mapped)
+
+
+def test_without_a_moving_average_the_plain_weights_load_and_one_warning_says_so(tmp_path, latents):
+    kept = {key: each for key, each in latents.items() if not key.startswith("model_ema.")}
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": kept}, path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_part_loaded(path, LATENT_AUTOENCODER, below("first_stage_model.", kept))
+        assert not caught
+        assert_part_loaded(path, LATENT_UNET, below("model.diffusion_model.", kept))
+        assert_part_loaded(path, LATENT_UNET, below("model.diffusion_model.", kept))
+    assert [str(each.message) for each in caught] == [
+        f"{path}: the file has no moving average (model_ema) of the weights; going on with the "
+        "plain ones, whose pictures are worse"
+    ]
+    assert caught[0].category is UserWarning
+
+
+def test_a_file_of_the_moving_average_alone_loads(tmp_path):
+    shapes = {key: shape for key, shape in latent_shapes().items() if key.startswith("model_ema.")}
+    check_weights(latent_unet(), save_latent(tmp_path / "x.ckpt", shapes), LATENT_UNET)
+    path = save_latent(tmp_path / "other.ckpt", {**shapes, "model_ema.diffusion_modelout3": (1,)})
+    message = refusal(latent_unet(), path, LATENT_UNET)
+    assert "its moving average (model_ema) is of another network (weights: 1 unknown" in message
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize(
+    ("manifest", "unet", "vq", "tensors"),
+    [
+        ("inpainting_big", LatentUNetConfig(), AutoencoderConfig(), (416, 185)),
+        ("tiny", LATENT_TINY, VQ_TINY, (218, 137)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*no moving average")
+def test_the_published_file_is_matched_key_for_key(tmp_path, manifest, unet, vq, tensors, average):
+    shapes = MANIFESTS[manifest]
+    if not average:
+        shapes = {key: shape for key, shape in shapes.items() if not key.startswith("model_ema.")}
+    path = save_latent(tmp_path / "x.ckpt", shapes)
+    networks = {LATENT_UNET: latent_unet(unet), LATENT_AUTOENCODER: autoencoder(vq)}
+    for (part, network), count in zip(networks.items(), tensors, strict=True):
+        check_weights(network, path, part)
+        assert len(network.state_dict()) == count
+
+
+def test_no_two_weights_have_the_same_name_without_dots():
+    deep = LatentUNetConfig(model_channels=32, channel_mult=(1,) * 7, num_res_blocks=4)
+    for config in (LatentUNetConfig(), LATENT_TINY, deep):
+        names = shapes_of(latent_unet(config))
+        assert len({name.replace(".", "") for name in names}) == len(names)
+
+
+# What of the networks a file has too few, too many or of another shape.
+NAMES_OF_PARTS = {
+    "average": (LATENT_UNET, "model_ema.diffusion_modelmiddle_block1normbias"),
+    "autoencoder": (LATENT_AUTOENCODER, "first_stage_model.quant_conv.bias"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES_OF_PARTS)
+def test_one_weight_of_a_part_that_differs_is_refused(tmp_path, name):
+    part, key = NAMES_OF_PARTS[name]
+    network = latent_unet() if part is LATENT_UNET else autoencoder()
+    shapes = latent_shapes()
+    without = {each: shape for each, shape in shapes.items() if each != key}
+    for changed, expected in [
+        (without, "1 missing, first "),
+        (shapes | {f"{key}2": (1,)}, "1 unknown, first "),
+        (shapes | {key: (5,)}, "1 of another shape, first "),
+    ]:
+        message = refusal(network, save_latent(tmp_path / "x.ckpt", changed), part)
+        assert f"(weights: {expected}" in message
+    tensors = {each: torch.zeros(()).expand(shape) for each, shape in without.items()}
+    torch.save({"state_dict": {**tensors, key: 0.5}}, tmp_path / "x.ckpt")
+    message = refusal(network, tmp_path / "x.ckpt", part)
+    assert message.endswith(f": {key} in it is no tensor of floating-point numbers")
+
+
+def test_what_is_not_of_the_part_may_be_anything(tmp_path):
+    shapes = latent_shapes() | {"model.diffusion_model.out.2.bias": (99,), "more": (1,)}
+    path = save_latent(tmp_path / "x.ckpt", shapes | {"cond_stage_model.x": (7, 7)})
+    check_weights(latent_unet(), path, LATENT_UNET)
+    check_weights(autoencoder(), path, LATENT_AUTOENCODER)
+    assert not (tmp_path / "x.ran").exists()
+
+
+LATENT_CHANGES = [
+    ("in_channels", 9, "9", "7"),
+    ("in_channels", 4, "4", "7"),
+    ("out_channels", 4, "4", "3"),
+    ("model_channels", 64, "64", "32"),
+    ("channel_mult", (1, 2, 2), "1,2,2", "1,2,3"),
+    ("channel_mult", (1, 2, 3, 4), "1,2,3,4", "1,2,3"),
+    ("num_res_blocks", 2, "2", "1"),
+    ("attention_resolutions", (4, 2, 1), "4,2,1", "4,2"),
+    ("attention_resolutions", (8,), "none", "4,2"),
+    ("resblock_updown", False, "false", "true"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "theirs", "ours"), LATENT_CHANGES)
+def test_the_key_of_a_latent_network_that_differs_is_named(tmp_path, key, value, theirs, ours):
+    shapes = latent_shapes(replace(LATENT_TINY, **{key: value}))
+    message = refusal(latent_unet(), save_latent(tmp_path / "x.ckpt", shapes), LATENT_UNET)
+    reason = f"latent.unet.{key}: {theirs} in the file, {ours} in the config"
+    assert f": the checkpoint does not fit the config: {reason} (weights: " in message
+
+
+AUTOENCODER_CHANGES = [
+    ("ch", 64, "64", "32"),
+    ("ch_mult", (1, 2), "1,2", "1,2,4"),
+    ("ch_mult", (1, 2, 4, 4), "1,2,4,4", "1,2,4"),
+    ("ch_mult", (1, 1, 2), "1,1,2", "1,2,4"),
+    ("num_res_blocks", 2, "2", "1"),
+    ("n_embed", 512, "512", "256"),
+    ("embed_dim", 4, "4", "3"),
+    ("z_channels", 4, "4", "3"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "theirs", "ours"), AUTOENCODER_CHANGES)
+def test_the_key_of_an_autoencoder_that_differs_is_named(tmp_path, key, value, theirs, ours):
+    shapes = latent_shapes(vq=replace(VQ_TINY, **{key: value}))
+    message = refusal(autoencoder(), save_latent(tmp_path / "x.ckpt", shapes), LATENT_AUTOENCODER)
+    reason = f"latent.autoencoder.{key}: {theirs} in the file, {ours} in the config"
+    assert f": the checkpoint does not fit the config: {reason} (weights: " in message
+
+
+def test_stable_diffusion_is_refused_for_what_it_is(tmp_path):
+    config = replace(LATENT_TINY, in_channels=9, out_channels=4)
+    shapes = latent_shapes(config, average=False)
+    attended = [key.removesuffix("qkv.weight") for key in shapes if key.endswith("qkv.weight")]
+    shapes |= {f"{block}transformer_blocks.0.norm1.weight": (64,) for block in attended}
+    shapes = {key: shape for key, shape in shapes.items() if ".qkv." not in key}
+    del shapes["first_stage_model.quantize.embedding.weight"]
+    path = save_latent(tmp_path / "sd.ckpt", shapes)
+    message = refusal(latent_unet(), path, LATENT_UNET)
+    for reason in ("it is guided by texts", "in_channels: 9 in the file, 7", "out_channels: 4 in"):
+        assert reason in message
+    assert "attention_resolutions" not in message
+    message = refusal(autoencoder(), path, LATENT_AUTOENCODER)
+    assert "its autoencoder has no codebook" in message and "such as KL" in message
+
+
+def test_an_autoencoder_with_attention_is_refused(tmp_path):
+    shapes = latent_shapes() | {"first_stage_model.encoder.mid.attn_1.norm.weight": (64,)}
+    message = refusal(autoencoder(), save_latent(tmp_path / "x.ckpt", shapes), LATENT_AUTOENCODER)
+    assert "its autoencoder has attention, which this program's has not (weights: " in message
+
+
+def test_a_part_that_is_no_such_network(tmp_path):
+    shapes = {"model.diffusion_model.conv.weight": (3,), "first_stage_model.conv.weight": (3,)}
+    path = save_latent(tmp_path / "x.ckpt", shapes)
+    message = refusal(latent_unet(), path, LATENT_UNET)
+    assert "it is no network of this family, which would have time_embed.0.weight" in message
+    message = refusal(autoencoder(), path, LATENT_AUTOENCODER)
+    assert "its autoencoder has no codebook" in message
+
+
+def test_an_autoencoder_of_which_there_is_only_the_codebook(tmp_path):
+    shapes = {"first_stage_model.quantize.embedding.weight": (256, 3)}
+    message = refusal(autoencoder(), save_latent(tmp_path / "x.ckpt", shapes), LATENT_AUTOENCODER)
+    assert "does not fit the config: no key of the config explains it" in message
+
+
+@pytest.mark.parametrize("shapes", [{"encoder.conv_in.weight": (3,), "loss.logvar": ()}, {}])
+@pytest.mark.parametrize("part", [LATENT_UNET, LATENT_AUTOENCODER], ids=lambda part: part.prefix)
+def test_a_file_of_lightning_without_latent_diffusion(tmp_path, shapes, part):
+    path = save_latent(tmp_path / "x.ckpt", shapes)
+    message = refusal(latent_unet(), path, part)
+    assert f"no whole latent diffusion model: no name in it begins with {part.prefix!r}" in message
+    assert message.endswith("; the first is 'encoder.conv_in.weight'") == bool(shapes)
+
+
+@pytest.mark.parametrize("part", [LATENT_UNET, LATENT_AUTOENCODER], ids=lambda part: part.prefix)
+def test_a_pixel_checkpoint_for_a_latent_one(tmp_path, tiny, part):
+    torch.save({"state_dict": tiny}, tmp_path / "inside.ckpt")
+    classifiers = save_shapes(tmp_path / "classifier.pt", shapes_of(classifier()))
+    for path in (TINY_FILE, tmp_path / "inside.ckpt", classifiers):
+        message = refusal(latent_unet(), path, part)
+        assert "this is a pixel-space model: set method: pixel, or " in message
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_a_latent_checkpoint_for_a_pixel_one(tmp_path, average):
+    shapes = latent_shapes(average=average)
+    tensors = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    save_latent(tmp_path / "hostile.ckpt", shapes)
+    torch.save({"state_dict": tensors}, tmp_path / "tensors.ckpt")
+    torch.save(tensors, tmp_path / "plain.ckpt")
+    for name in ("hostile.ckpt", "tensors.ckpt", "plain.ckpt"):
+        for network in (denoiser(), classifier()):
+            message = refusal(network, tmp_path / name)
+            assert "this is a latent diffusion checkpoint: set method: latent, or" in message
+    assert not (tmp_path / "hostile.ran").exists()
+
+
+# What a latent file may be that is none, and what is said then.
+NO_LATENT_FILES = {
+    "empty": (b"", "the file is empty"),
+    "text": (b"<!DOCTYPE html>", "this is no checkpoint, but a file of another kind"),
+    "pickle": (pickle.dumps({}), "this is a file of torch before 1.6: save it anew"),
+}
+
+
+@pytest.mark.parametrize("name", NO_LATENT_FILES)
+def test_what_is_no_latent_file(tmp_path, name):
+    content, expected = NO_LATENT_FILES[name]
+    path = tmp_path / "inpainting_big.ckpt"
+    path.write_bytes(content)
+    message = refusal(latent_unet(), path, LATENT_UNET)
+    assert message.startswith(f"{path}: {expected}")
+    assert message.endswith("; delete it and fetch it: bash download.sh ldm")
+
+
+def test_a_latent_file_that_is_missing_incomplete_packed_or_damaged(tmp_path):
+    path = tmp_path / "inpainting_big.ckpt"
+    message = refusal(latent_unet(), path, LATENT_UNET)
+    assert "no such checkpoint; fetch it: bash download.sh ldm." in message
+    data = Path(save_latent(path, latent_shapes())).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    message = refusal(autoencoder(), path, LATENT_AUTOENCODER)
+    assert "the file is incomplete, its end is missing; delete it and fetch it: bash" in message
+    middle = data.index(b"first_stage_model")
+    path.write_bytes(data[:middle] + b"\xff" * 50 + data[middle + 50 :])
+    assert ": the file is damaged: " in refusal(autoencoder(), path, LATENT_AUTOENCODER)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("last.ckpt", data)
+    message = refusal(autoencoder(), path, LATENT_AUTOENCODER)
+    assert message.startswith(
+        f"{path}: this is a zip archive, but not one of torch's: it holds 'la"
+    )
+
+
+def test_a_hostile_file_of_no_known_kind_stays_refused(tmp_path):
+    path = save_latent(tmp_path / "x.ckpt", shapes_of(denoiser()))
+    message = refusal(denoiser(), path)
+    assert "it holds objects that could run code when loaded (nothing was run)" in message
+    assert not (tmp_path / "x.ran").exists()
+
+
 # ---- No state dict is too odd for a message ----
 
 DENOISER_SHAPES = shapes_of(denoiser(replace(TINY, class_cond=True)))
 CLASSIFIER_SHAPES = shapes_of(classifier())
-NAMES = st.sampled_from(sorted(DENOISER_SHAPES | CLASSIFIER_SHAPES))
+AUTOENCODER_SHAPES = shapes_of(autoencoder())
+EXPLAINED = [
+    (DENOISER_SHAPES, explain_pixel_network),
+    (CLASSIFIER_SHAPES, explain_pixel_network),
+    (DENOISER_SHAPES, explain_latent_unet),
+    (AUTOENCODER_SHAPES, explain_autoencoder),
+]
+NAMES = st.sampled_from(sorted(DENOISER_SHAPES | CLASSIFIER_SHAPES | AUTOENCODER_SHAPES))
 ODD_SHAPES = st.lists(st.integers(0, 70), max_size=4).map(tuple)
 ODD_NAMES = st.one_of(
     st.text(max_size=20),
@@ -438,14 +840,15 @@ ODD_NAMES = st.one_of(
     st.from_regex(
         r"(in|out)put_blocks\.[0-9]{0,5}(\.[012]\.(qkv|conv|op)\.weight)?", fullmatch=True
     ),
+    st.from_regex(r"encoder\.down\.[0-9]{0,4}\.block\.[0-9]{0,4}\.conv1\.weight", fullmatch=True),
 )
 
 
 @settings(deadline=None, max_examples=100)
 @given(
-    wanted=st.sampled_from([DENOISER_SHAPES, CLASSIFIER_SHAPES]),
-    found=st.sampled_from([DENOISER_SHAPES, CLASSIFIER_SHAPES, {}]),
-    begin=st.sampled_from(["", "out", "input_blocks", "input_blocks.3", "middle", "time", "label"]),
+    wanted=st.sampled_from(EXPLAINED),
+    found=st.sampled_from([DENOISER_SHAPES, CLASSIFIER_SHAPES, AUTOENCODER_SHAPES, {}]),
+    begin=st.sampled_from(["", "out", "input_blocks", "input_blocks.3", "middle", "time", "enc"]),
     dropped=st.lists(NAMES, max_size=5),
     reshaped=st.dictionaries(NAMES, ODD_SHAPES, max_size=8),
     added=st.dictionaries(ODD_NAMES, ODD_SHAPES, max_size=8),
@@ -456,8 +859,8 @@ def test_any_difference_can_be_put_in_words(wanted, found, begin, dropped, resha
         for key, shape in found.items()
         if not (begin and key.startswith(begin)) and key not in dropped
     }
-    found = kept | reshaped | added
-    message = _difference_message(wanted, found)
+    wanted_shapes, explain = wanted
+    message = difference_message(wanted_shapes, kept | reshaped | added, explain)
     assert message.startswith("the checkpoint does not fit the config: ")
 
 

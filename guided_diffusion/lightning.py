@@ -1,0 +1,247 @@
+"""Files of PyTorch Lightning: where their tensors are; nothing in such a file is ever executed.
+
+A file is an archive of torch's (zip): a pickle, and the bytes of each tensor in a record of its
+own. Beside the tensors, the pickle holds objects of any package that the training used, and to
+unpickle it is to call whatever it names. So it is not unpickled: its instructions are followed
+only in writing, where a call leaves an `Unmade` that says what would have been called.
+"""
+
+import os
+import pickletools
+import struct
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import torch
+
+
+class ForeignError(Exception):
+    """A file is whole, but not of a kind that is read here; the message is a clause about it."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a file holds a tensor, and how."""
+
+    start: int  # of its first element, in bytes from the beginning of the file
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]  # in elements
+
+    @property
+    def nbytes(self) -> int:
+        """From its first element to its last, both included."""
+        if 0 in self.shape:
+            return 0
+        steps = zip(self.shape, self.stride, strict=True)
+        return self.dtype.itemsize * (1 + sum((side - 1) * step for side, step in steps))
+
+
+def read_state_dict(path: str) -> dict[str, StoredTensor | None]:
+    """What a file holds under `state_dict`, or as a whole if it has no such entry, by name.
+
+    None: something else than a tensor of floating-point numbers. Raises OSError, ForeignError, and
+    errors of many types if the file is damaged.
+    """
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ForeignError("this is a file of torch before 1.6: save it anew with a later one")
+        with zipfile.ZipFile(file) as archive:
+            pickled = _pickle(archive)
+            folder = pickled.removesuffix(PICKLE)
+            _check_byte_order(archive, f"{folder}byteorder")
+            contents = _items(follow(archive.read(pickled)))
+            tensors = _items(contents.get("state_dict", contents))
+            return {name: _locate(each, archive, folder, file) for name, each in tensors.items()}
+
+
+def map_tensors(path: str, tensors: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a file, mapped into memory: only what is looked at is read. Raises OSError."""
+    size = os.path.getsize(path)
+    contents = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+    return {name: _view(contents, tensor) for name, tensor in tensors.items()}
+
+
+# ---- The pickle ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Name:
+    """The name of a class or function, which is never looked up."""
+
+    full: str
+
+
+@dataclass(eq=False)
+class Unmade:
+    """Stands for an object that unpickling would make."""
+
+    maker: Any = None  # what would have been called: a Name, if all is well
+    arguments: Any = ()
+    items: dict[str, Any] = field(default_factory=dict)  # what would have been set in it, by name
+
+
+STORAGE = Name("a storage")  # makes, of its arguments, what torch keeps outside the pickle
+
+
+def follow(pickled: bytes) -> Any:
+    """What a pickle describes: numbers, texts, tuples, maps by name, and `Unmade` for all else.
+
+    The members of lists and sets, what maps hold under other keys than texts, and the state of
+    objects are left out. Raises errors of many types if the pickle is damaged.
+    """
+    stack, marks, memo = [], [], {}
+    for opcode, value, _ in pickletools.genops(pickled):
+        match opcode.name:
+            case "MARK":
+                marks.append(len(stack))
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[value] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "DUP":
+                stack.append(stack[-1])
+            case "POP" if marks[-1:] == [len(stack)]:
+                marks.pop()
+            case "POP" | "POP_MARK":
+                _take(stack, marks, opcode)
+            case name if name not in ("PROTO", "FRAME", "STOP"):
+                stack.append(_result(name, value, _take(stack, marks, opcode)))
+    return stack.pop()
+
+
+def _take(stack: list[Any], marks: list[int], opcode: pickletools.OpcodeInfo) -> list[Any]:
+    """What an instruction takes off the stack."""
+    takes = opcode.stack_before
+    start = len(stack) - len(takes)
+    if pickletools.markobject in takes:  # all above the last mark, which is not on our stack
+        start = marks.pop() - takes.index(pickletools.markobject)
+    if start < 0:
+        raise IndexError("an instruction takes more than there is")
+    taken = stack[start:]
+    del stack[start:]
+    return taken
+
+
+def _result(opcode: str, value: Any, taken: list[Any]) -> Any:
+    """What an instruction puts on the stack: always one thing."""
+    match opcode, taken:
+        case "GLOBAL", []:
+            return Name(value.replace(" ", "."))
+        case "STACK_GLOBAL", [str(module), str(name)]:
+            return Name(f"{module}.{name}")
+        case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX", [maker, arguments, *_]:
+            return Unmade(maker, arguments)
+        case "OBJ", [maker, *arguments]:
+            return Unmade(maker, tuple(arguments))
+        case "INST", arguments:
+            return Unmade(Name(value.replace(" ", ".")), tuple(arguments))
+        case "BINPERSID", [arguments]:
+            return Unmade(STORAGE, arguments)
+        case "PERSID" | "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER", []:
+            return Unmade()
+        case "EMPTY_LIST" | "LIST" | "EMPTY_SET" | "FROZENSET", _:
+            return Unmade()
+        case "APPEND" | "APPENDS" | "ADDITEMS" | "BUILD" | "READONLY_BUFFER", [target, *_]:
+            return target
+        case "SETITEM" | "SETITEMS", [target, *items]:
+            _items(target).update(_by_name(items))
+            return target
+        case "EMPTY_DICT" | "DICT", items:
+            return _by_name(items)
+        case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "TUPLE", items:
+            return tuple(items)
+        case "NEWTRUE" | "NEWFALSE", []:
+            return opcode == "NEWTRUE"
+    return value
+
+
+def _by_name(items: list[Any]) -> dict[str, Any]:
+    pairs = zip(items[::2], items[1::2], strict=True)
+    return {key: value for key, value in pairs if isinstance(key, str)}
+
+
+def _items(target: Any) -> dict[str, Any]:
+    """The items of a map, also of one of an unknown kind; of all else none."""
+    if isinstance(target, Unmade):
+        return target.items
+    return target if isinstance(target, dict) else {}
+
+
+# ---- The archive -----------------------------------------------------------------------------
+
+PICKLE = "data.pkl"
+
+DTYPES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.DoubleStorage": torch.float64,
+}
+
+
+def _pickle(archive: zipfile.ZipFile) -> str:
+    names = archive.namelist()
+    for name in names:
+        if name.count("/") == 1 and name.endswith(f"/{PICKLE}"):
+            return name
+    inside = f"it holds {names[0]!r}, unpack it" if names else "it is empty"
+    raise ForeignError(f"this is a zip archive, but not one of torch's: {inside}")
+
+
+def _check_byte_order(archive: zipfile.ZipFile, record: str) -> None:
+    order = archive.read(record).decode() if record in archive.namelist() else "little"
+    if order != sys.byteorder:
+        raise ForeignError(f"its numbers are {order}-endian, this machine's {sys.byteorder}")
+
+
+def _locate(
+    described: Any, archive: zipfile.ZipFile, folder: str, file: BinaryIO
+) -> StoredTensor | None:
+    """Where the tensor is that a pickle describes; None: it describes none."""
+    match described:
+        case Unmade(Name("torch._utils._rebuild_parameter"), (tensor, *_)):
+            return _locate(tensor, archive, folder, file)
+        case Unmade(
+            Name("torch._utils._rebuild_tensor_v2"),
+            (Unmade(maker, ("storage", Name(kind), str(key), *_)), offset, shape, stride, *_),
+        ) if maker == STORAGE and kind in DTYPES and _are_sizes(offset, shape, stride):
+            dtype = DTYPES[kind]
+            start, nbytes = _record(archive, f"{folder}data/{key}", file)
+            first = offset * dtype.itemsize
+            tensor = StoredTensor(start + first, dtype, shape, stride)
+            if first + tensor.nbytes > nbytes:
+                raise ValueError(f"a tensor reaches beyond its record, {key}")
+            return tensor
+    return None
+
+
+def _are_sizes(offset: Any, shape: Any, stride: Any) -> bool:
+    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):
+        return False
+    return all(type(size) is int and size >= 0 for size in (offset, *shape, *stride))
+
+
+def _record(archive: zipfile.ZipFile, name: str, file: BinaryIO) -> tuple[int, int]:
+    """Where a record's bytes begin in the file, and how many they are."""
+    record = archive.getinfo(name)
+    file.seek(record.header_offset)
+    header = file.read(30)  # then name and padding, whose lengths are at its end
+    start = record.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+    size = record.file_size
+    is_plain = header.startswith(b"PK\3\4") and record.compress_type == zipfile.ZIP_STORED
+    if not is_plain or start + size > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"its record {name} is damaged or compressed")
+    return start, size
+
+
+def _view(contents: torch.Tensor, tensor: StoredTensor) -> torch.Tensor:
+    data = contents[tensor.start : tensor.start + tensor.nbytes]
+    if tensor.start % tensor.dtype.itemsize:  # as in archives that torch did not write
+        data = data.clone()
+    return data.view(tensor.dtype).as_strided(tensor.shape, tensor.stride)
