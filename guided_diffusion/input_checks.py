@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ T = TypeVar("T")
 Size = tuple[int, int]  # width, height
 
 COLOUR = 16  # levels of 255 between red, green and blue, up to which a pixel is grey
+LARGE = 2**20  # pixels of a picture above which attention over all of it takes most of the time
 LITTLE = 0.2  # of a picture: masks that keep less are often meant the other way round
 
 
@@ -71,10 +73,10 @@ def check_pairs(
     Warns, one line a kind, of masks in grey (unless they are cut into black and white) or in
     colour, of masks that are dim all over, that keep everything, nothing or little, and of masks
     that are not as large as their image; with fit: region, of holes that are larger than the
-    network's square, and of masks that leave the network nothing to see. image_size, known_from:
-    as for `load_example`. Raises UserError that names the first file that cannot be read, or that
-    has not the size of its image, where it must: a picture to start from, and, with fit: region or
-    without an image_size, a mask.
+    network's square, and of masks that leave the network nothing to see; without an image_size, of
+    pictures that are large. image_size, known_from: as for `load_example`. Raises UserError that
+    names the first file that cannot be read, or that has not the size of its image, where it must:
+    a picture to start from, and, with fit: region or without an image_size, a mask.
     """
     inspect = _inspect_photo_mask
     if dataset.fit != "region":
@@ -181,6 +183,20 @@ def _messages(
         yield _about_sizes(unequal, len(pairs), images, masks, needing)
     if dataset.fit == "region":
         yield from _large_holes(pairs, masks, image_size)
+    if image_size is None:
+        yield from _large_pictures(pairs, images)
+
+
+def _large_pictures(pairs: Sequence[Pair], images: Mapping[str, Size]) -> Iterator[str]:
+    paths = [pair.image_path for pair in pairs]
+    large = [path for path in paths if math.prod(images[path]) > LARGE]
+    if large:
+        width, height = images[large[0]]
+        yield (
+            f"{len(large)} of {len(pairs)} pictures are larger than 1024x1024, first {large[0]} "
+            f"({width}x{height}): time grows with the square of their pixels; to work on squares "
+            "around the holes alone, set image_size: 512 and, in the dataset, fit: region"
+        )
 
 
 def _large_holes(

@@ -300,6 +300,17 @@ def test_without_a_size_masks_need_the_size_of_their_images(tmp_path):
     assert any("centre cropped separately" in each for each in check(pairs, 2))
 
 
+def test_large_pictures_get_advice_where_they_are_taken_as_they_are(tmp_path):
+    half = np.repeat(np.array([0, 255], np.uint8), 8193)[:, None].repeat(64, 1)
+    pairs = [pair_of(tmp_path, half[:16384], half[:16384], "a"), pair_of(tmp_path, half, half, "b")]
+    (message,) = check(pairs)
+    assert message.startswith(
+        f"1 of 2 pictures are larger than 1024x1024, first {pairs[1].image_path} (64x16386): "
+    )
+    assert message.endswith("set image_size: 512 and, in the dataset, fit: region")
+    assert check(pairs, 64) == []
+
+
 def test_sizes_that_fit_after_turning_fit(tmp_path):
     image = save(tmp_path / "i.jpg", noise(6, 3), exif=turned(6))
     mask = save(tmp_path / "m.png", grey_levels(0, 255, 255, height=6))
