@@ -188,7 +188,9 @@ class Stage:
     def caption(self, position: int) -> str:
         """The time after so many transitions, and the share of noise in x_t, in words."""
         t = self.times[position]
-        return f"t = {t} · noise {100 * self.noise_levels[t]:.0f} %" if t >= 0 else "finished"
+        if t == self.times[-1]:
+            return "finished"
+        return f"t = {t} · noise {100 * self.noise_levels[t]:.0f} %"
 
     def _lefts(self) -> tuple[int, int]:
         return MARGIN, 2 * MARGIN + self.column

@@ -56,7 +56,7 @@ class NetworkConfig:
 
     image_size: Count = 64  # side of the square that the network sees
     num_channels: Count = 128  # base width; level i is channel_mult[i] times as wide
-    num_res_blocks: Count = 2  # per level
+    num_res_blocks: Blocks = 2  # per level
     num_heads: Count = 4
     num_heads_upsample: CountOrDefault = -1  # in the output half; -1 = num_heads
     num_head_channels: CountOrDefault = -1  # if given, num_heads does not count
@@ -132,7 +132,7 @@ class LatentUNetConfig:
     out_channels: Count = 3  # of a latent
     model_channels: Count = 256  # base width; level i is channel_mult[i] times as wide
     attention_resolutions: Sizes = (8, 4, 2)  # downsampling rates, not sides
-    num_res_blocks: Count = 2  # per level
+    num_res_blocks: Blocks = 2  # per level
     channel_mult: WholeMultiples = (1, 2, 3, 4)
     num_heads: Count = 8
     resblock_updown: Flag = True
@@ -150,7 +150,7 @@ class AutoencoderConfig:
     out_ch: Colours = 3
     ch: Count = 128  # base width; level i is ch_mult[i] times as wide
     ch_mult: WholeMultiples = (1, 2, 4)  # each level but the last halves the sides
-    num_res_blocks: Count = 2  # per level
+    num_res_blocks: Blocks = 2  # per level
     attn_resolutions: OnlyEmpty = ()
     dropout: Share = 0.0  # no effect: it is for training
     n_embed: Count = 8192  # codes in the codebook
@@ -161,10 +161,26 @@ class AutoencoderConfig:
 class LatentConfig:
     """Latent diffusion: the steps of its sampler, and its two networks."""
 
-    image_size: Count | None = None  # side of the square; None = pictures as they are
+    image_size: Side | None = None  # of the square; None = pictures as they are
     ddim_steps: DDIMSteps = 50
     unet: LatentUNetConfig = LatentUNetConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
+
+    @property
+    def factor(self) -> int:
+        """Side of a picture / side of its latent."""
+        return 2 ** (len(self.autoencoder.ch_mult) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """Both networks take pictures whose sides are multiples of this."""
+        return self.factor * 2 ** (len(self.unet.channel_mult) - 1)
+
+    @property
+    def nominal_size(self) -> int:
+        """Side of the squares that it is made fast for: of image_size, or else a nominal one."""
+        side = self.image_size or self.factor * self.unet.image_size
+        return side + -side % self.multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,6 +420,8 @@ CountOrDefault = Annotated[
 Share = Annotated[float, _number(float, "a number >= 0 and < 1", lambda x: 0 <= x < 1)]
 Positive = Annotated[float, _number(float, "a number > 0", lambda x: 0 < x < math.inf)]
 NotNegative = Annotated[float, _number(float, "a number >= 0", lambda x: 0 <= x < math.inf)]
+Blocks = Annotated[int, _whole(1, 100)]
+Side = Annotated[int, _whole(1, 2**14)]
 Label = Annotated[int, _whole(0, 999)]
 Shift = Annotated[int, _whole(-(10**6), 10**6)]
 # Streams take seed + image + sample * 2**32, which has to stay below the end.

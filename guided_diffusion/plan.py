@@ -220,7 +220,7 @@ def counted(number: int, noun: str) -> str:
 _NO_SETTINGS = (
     *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),
     *("device", "fast", "precision", "compile", "cuda_graph", "use_fp16", "log_every"),
-    "start_from.path",
+    *("start_from.path", "latent.autoencoder.resolution", "latent.autoencoder.dropout"),
 )
 _DATASET_SETTINGS = ("fit", "mask_convention")  # those of `data` that change pixels
 

@@ -66,7 +66,8 @@ def plain_times(num_timesteps: int) -> list[int]:
 def ddim_times(ddim_steps: int) -> tuple[list[int], list[int]]:
     """Latent diffusion's steps of DDIM, evenly spread over a base process of 1000 steps.
 
-    ddim_steps: 1 to 1000. Where it does not divide 1000, the steps are more: 8 for 7.
+    ddim_steps: 1 to 1000; steps are 1000 // ddim_steps apart, so that 7 gives 8 of them, 334 gives
+    500, and all from 501 on give 999.
 
     Returns the kept steps of the base process, ascending, and the times to walk. A time is an
     index of the kept steps, and each neighbouring pair is one evaluation of the network. The walk
