@@ -8,10 +8,10 @@ from torch import nn
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm with 32 groups, eps 1e-5, computed in fp32 whatever the input's type."""
+    """Group norm with 32 groups, computed in fp32 whatever the input's type."""
 
-    def __init__(self, channels: int):
-        super().__init__(32, channels, eps=1e-5)
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__(32, channels, eps=eps)
 
     def forward(
         self,

@@ -49,8 +49,8 @@ class PackedConv2d(nn.Module):
     """A convolution whose weights lie as oneDNN wants them; else it sorts them at every call.
 
     weight: (O, C / groups, k, k); bias: (O,); of any type, copied. input_shape: (B, C, H, W) that
-    it will see; B may differ. dtype: of the input, the output and the products. On a CPU, without
-    gradients.
+    it will see; another B changes nothing, and another H or W is as if it sorted them at that call.
+    dtype: of the input, the output and the products. On a CPU, without gradients.
     """
 
     def __init__(
@@ -67,13 +67,19 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self.bias = bias.to(dtype, copy=True)
         self.arguments = [padding, padding], [stride, stride], [1, 1], groups
-        weight = weight.to(dtype, memory_format=torch.channels_last)  # which it sorts much faster
+        self._pack(weight.to(dtype), input_shape)
+
+    def _pack(self, weight: torch.Tensor, input_shape: Sequence[int]) -> None:
+        self.packed_for = tuple(input_shape[2:])
+        weight = weight.to(memory_format=torch.channels_last)  # which it sorts much faster
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
             weight, *self.arguments, list(input_shape)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W), channels_last. Returns the same kind."""
+        if x.shape[2:] != self.packed_for:  # it may want another order, and get there very slowly
+            self._pack(self.weight.to_dense(), x.shape)
         return torch.ops.mkldnn._convolution_pointwise(
             x, self.weight, self.bias, *self.arguments, "none", [], ""
         )
@@ -82,7 +88,7 @@ class PackedConv2d(nn.Module):
 class WinogradConv2d(nn.Module):
     """A 3×3 convolution of stride 1 and padding 1.
 
-    weight, bias, input_shape, dtype: as for `PackedConv2d`; H and W are multiples of m. In fp32,
+    weight, bias, input_shape, dtype: as for `PackedConv2d`; H and W may differ too. In fp32,
     m = 2 is as exact as the plain sum of products, and m = 4 loses two to three bits. In bf16,
     m = 2 loses one bit, and m = 4 would lose nearly four. On a CPU, without gradients.
     """
@@ -99,11 +105,8 @@ class WinogradConv2d(nn.Module):
         super().__init__()
         self.m = m
         self.out_channels, in_channels = weight.shape[:2]
-        _, _, height, width = input_shape
         places = (m + 2) ** 2
-        tiles = width // m  # in a row
-        rows = _divisor(height // m, at_most=CHUNK // (tiles * places * in_channels))
-        self.rows = rows * m  # of the output, at a time
+        rows, tiles = self._rows_and_tiles(*input_shape[1:])
         # What is added at the place of the points (1, 1) gets into every output as it is.
         biases = bias.new_zeros(places, self.out_channels)
         biases[m + 3] = bias
@@ -118,24 +121,30 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W), channels_last. Returns the same kind."""
-        m = self.m
+        m, places = self.m, self.m + 2
+        rows, w = self._rows_and_tiles(*x.shape[1:])
+        height, width = x.shape[2:]
         x = x.permute(0, 2, 3, 1)
-        y = x.new_empty(*x.shape[:3], self.out_channels)
-        h, w, places = self.rows // m, x.shape[2] // m, m + 2
-        tiles = x.new_empty(h, w, places, places, x.shape[3])
+        y = x.new_empty(len(x), -(-height // m), m, w, m, self.out_channels)  # whole tiles
+        tiles = x.new_empty(rows, w, places, places, x.shape[3])
         for image, output in zip(x, y, strict=True):
             columns = padded_columns(image, m)
-            for row in range(0, len(image), self.rows):
-                input_transform(columns[:, row : row + self.rows + 2], tiles)
-                products = self.products(tiles.view(1, h * w, 1, -1).permute(0, 3, 1, 2))
-                products = products.permute(0, 2, 3, 1).view(h, w, places, places, -1)
-                output_transform(products, output[row : row + self.rows].view(h, m, w, m, -1))
-        return y.permute(0, 3, 1, 2)
+            for row, out in zip(range(0, len(output), rows), output.split(rows), strict=True):
+                # Where fewer rows are left, old tiles follow: all products have the same size.
+                input_transform(columns[:, row * m : (row + len(out)) * m + 2], tiles[: len(out)])
+                products = self.products(tiles.view(1, rows * w, 1, -1).permute(0, 3, 1, 2))
+                products = products.permute(0, 2, 3, 1).view(rows, w, places, places, -1)
+                output_transform(products[: len(out)], out)
+        y = y.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+        return y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
-
-def _divisor(number: int, at_most: int) -> int:
-    """The largest divisor up to `at_most`, and at least 1."""
-    return next((n for n in range(at_most, 1, -1) if number % n == 0), 1)
+    def _rows_and_tiles(self, channels: int, height: int, width: int) -> tuple[int, int]:
+        """Rows of tiles at a time, and tiles in a row."""
+        tall, wide = -(-height // self.m), -(-width // self.m)
+        at_most = min(max(CHUNK // (wide * (self.m + 2) ** 2 * channels), 1), tall)
+        # Of those that fill the chunk by half, the number with the fewest rows missing at the end.
+        numbers = range(at_most // 2 + 1, at_most + 1)
+        return min(numbers, key=lambda rows: (-tall % rows, -rows)), wide
 
 
 def transformed_weight(weight: torch.Tensor, m: int) -> torch.Tensor:
@@ -150,16 +159,19 @@ def transformed_weight(weight: torch.Tensor, m: int) -> torch.Tensor:
 def padded_columns(image: torch.Tensor, m: int) -> torch.Tensor:
     """The image with a border of zeros, its columns dealt out to m hands: tiles lie in a row then.
 
-    (H, W, C) -> (m, H + 2, W / m + 1, C); the last column of hands 2 and 3 is undefined.
+    (H, W, C) -> (m, H + 2, W / m + 1, C), with H and W rounded up to multiples of m; the last
+    column of hands 2 and 3 is undefined.
     """
     height, width, channels = image.shape
-    tiles = width // m
-    columns = image.new_empty(m, height + 2, tiles + 1, channels)
-    columns[:, 0] = columns[:, -1] = 0
+    tall, tiles = -(-height // m) * m, -(-width // m)
+    columns = image.new_empty(m, tall + 2, tiles + 1, channels)
+    columns[:, 0] = columns[:, height + 1 :] = 0
     columns[0, :, 0] = columns[1, :, -1] = 0
     for k in range(m):  # column k of a tile is column k + 1 of the padded one
-        first = (k + 1) // m
-        columns[(k + 1) % m, 1:-1, first : first + tiles] = image[:, k::m]
+        first, hand = (k + 1) // m, columns[(k + 1) % m]
+        given = image[:, k::m]
+        hand[1 : height + 1, first : first + given.shape[1]] = given
+        hand[:, first + given.shape[1] : first + tiles] = 0
     return columns
 
 

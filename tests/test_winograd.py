@@ -173,12 +173,12 @@ def test_the_bias_arrives_as_it_is(method, dtype):
 @pytest.mark.parametrize("m", TILES)
 @pytest.mark.parametrize(("room", "rows"), [(0, 1), (1, 1), (2, 2), (5, 4), (11, 6), (99, 12)])
 def test_chunks_of_any_size_give_the_same(monkeypatch, m, room, rows):
-    """room: rows of tiles that a chunk may hold; rows: the largest divisor of 12 up to that."""
+    """room: rows of tiles that a chunk may hold; rows: how many it gets."""
     some = problem(8, 16, 12 * m, 4 * m, batch=2)
     whole = some.solve(m)
     monkeypatch.setattr(winograd, "CHUNK", room * 4 * (m + 2) ** 2 * 8)
     layer = some.layer(m)
-    assert layer.rows == rows * m
+    assert layer._rows_and_tiles(8, 12 * m, 4 * m) == (rows, 4)
     torch.testing.assert_close(layer(some.x), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -204,6 +204,60 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.mark.parametrize("m", TILES)
 def test_what_was_in_memory_before_does_not_matter(poisoned_memory, m):
     some = problem(8, 16, 8, 16, batch=2)
+    assert largest_error(some.solve(m), some.expected) < LARGEST_ERROR[m, FP32]
+
+
+@needs_cpu_layers
+@settings(max_examples=60, deadline=None)
+@given(
+    method=st.sampled_from(["packed", *TILES]),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    batch=st.integers(1, 2),
+    room=st.integers(0, 12),
+)
+def test_pictures_of_another_size_than_the_layer_was_made_for(method, size, batch, room):
+    """room: rows of tiles that a chunk may hold where they are eight in a row."""
+    some = problem(8, 16, *size, batch)
+    layer = Problem(torch.empty(1, 8, 16, 8), some.weight, some.bias).layer(method)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(winograd, "CHUNK", room * 8 * 36 * 8)
+        y = layer(some.x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    expected = some.expected
+    error = (y.double() - expected).abs().max()
+    assert error < LARGEST_ERROR[method, FP32] * max(1, expected.abs().max() / 4)
+
+
+@needs_cpu_layers
+@pytest.mark.parametrize("dtype", [FP32, pytest.param(BF16, marks=needs_bf16)])
+def test_weights_are_sorted_once_for_each_size(monkeypatch, dtype):
+    """Sorted for another size, some products take a hundred times as long."""
+    some, packed_for = problem(8, 16, 26, 8, dtype=dtype), []
+    pack = PackedConv2d._pack
+    monkeypatch.setattr(
+        PackedConv2d,
+        "_pack",
+        lambda self, weight, shape: packed_for.append(tuple(shape)) or pack(self, weight, shape),
+    )
+    packed = some.layer("packed")
+    for height in (26, 26, 10, 10):
+        x = some.x[:, :, :height]
+        expected = Problem(x, some.weight, some.bias).expected
+        assert largest_error(packed(x), expected) < LARGEST_ERROR["packed", dtype]
+    assert packed_for == [(1, 8, 26, 8), (1, 8, 10, 8)]
+    packed_for.clear()
+    monkeypatch.setattr(winograd, "CHUNK", 5 * 4 * 16 * 8)
+    layer = some.layer(2)  # 13 rows of 4 tiles, 5 rows at a time and then 3
+    for _ in range(2):
+        assert largest_error(layer(some.x), some.expected) < LARGEST_ERROR[2, dtype]
+    assert packed_for == [(1, 16 * 8, 5 * 4, 1)]
+
+
+@needs_cpu_layers
+@pytest.mark.parametrize("m", TILES)
+@pytest.mark.parametrize("size", [(7, 16), (8, 13), (9, 9), (1, 1)])
+def test_memory_beyond_a_picture_that_is_no_multiple_of_tiles(poisoned_memory, m, size):
+    some = problem(8, 16, *size, batch=2)
     assert largest_error(some.solve(m), some.expected) < LARGEST_ERROR[m, FP32]
 
 
