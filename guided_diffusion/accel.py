@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from guided_diffusion.checkpoint import load_weights, place_copies
+from guided_diffusion.autoencoder import Autoencoder
+from guided_diffusion.checkpoint import LATENT_AUTOENCODER, Part, load_weights, place_copies
 from guided_diffusion.config import SpeedConfig, UserError
 from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.unet import Downsample, TimedNetwork, picture_scale
@@ -145,13 +146,48 @@ def _compiler_problem(device: torch.device) -> str | None:
 
 
 def load_network(
-    network: TimedNetwork, path: str, speed: Speed, device: torch.device, gradients: bool = False
+    network: TimedNetwork,
+    path: str,
+    speed: Speed,
+    device: torch.device,
+    gradients: bool = False,
+    part: Part | None = None,
 ) -> Function:
     """A network on the meta device, filled from a checkpoint and ready to be evaluated fast.
 
-    gradients: of its output with respect to x will be asked for. Raises UserError, as
-    `checkpoint.load_weights`.
+    gradients: of its output with respect to x will be asked for. part: of the checkpoint, None:
+    all. Raises UserError, as `checkpoint.load_weights`.
     """
+    # Neither a compiler nor the backward pass can look into our own layers.
+    plain = gradients or speed.compile
+    _fill(network, path, speed, device, convolution_sides(network), part, plain=plain)
+    function = compiled(network) if speed.compile else network
+    return CudaGraph(function) if speed.cuda_graph and not gradients else function
+
+
+def load_autoencoder(
+    autoencoder: Autoencoder, path: str, speed: Speed, device: torch.device, side: int
+) -> Autoencoder:
+    """The autoencoder, on the meta device, filled from a latent checkpoint; never compiled.
+
+    It is called twice an image, so that only precision and layers pay. side: of the pictures that
+    it is to be fastest for. Raises UserError, as `checkpoint.load_weights`.
+    """
+    sides = autoencoder.convolution_sides(side)
+    _fill(autoencoder, path, speed, device, sides, LATENT_AUTOENCODER)
+    return autoencoder
+
+
+def _fill(
+    network: TimedNetwork | Autoencoder,
+    path: str,
+    speed: Speed,
+    device: torch.device,
+    sides: dict[nn.Conv2d, int],
+    part: Part | None = None,
+    plain: bool = False,
+) -> None:
+    """Load a network's weights to a device, into layers for it. plain: into torch's own."""
     network.eval().convert_blocks(speed.dtype)
     if device.type == "cuda":
         if device.index is not None:
@@ -160,15 +196,12 @@ def load_network(
         torch.backends.cudnn.allow_tf32 = speed.precision == "tf32"
     if device.type == "cpu":
         keep_freed_memory()
-    # Neither a compiler nor the backward pass can look into our own layers.
-    if device.type == "cpu" and has_cpu_layers() and not (gradients or speed.compile):
-        load_weights(network, path, CpuPlacement(network))
+    if device.type == "cpu" and has_cpu_layers() and not plain:
+        load_weights(network, path, CpuPlacement(network, sides), part)
         fuse_norms(network)
     else:
-        load_weights(network, path)
+        load_weights(network, path, part=part)
     network.to(device).requires_grad_(False)
-    function = compiled(network) if speed.compile else network
-    return CudaGraph(function) if speed.cuda_graph and not gradients else function
 
 
 def has_cpu_layers() -> bool:
@@ -281,13 +314,14 @@ class FusedGroupNorm(nn.Module):
 class CpuPlacement:
     """Places a checkpoint's weights into layers for a CPU, see `checkpoint.load_weights`."""
 
-    def __init__(self, network: TimedNetwork):
-        self.network, self.sides = network, convolution_sides(network)
+    def __init__(self, network: nn.Module, sides: dict[nn.Conv2d, int]):
+        """sides: of the pictures that each convolution sees."""
+        self.network, self.sides = network, sides
 
     def __call__(self, name: str, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         if isinstance(module, nn.Conv2d):
-            side = self.sides.get(module, self.network.params.image_size)
             parent, _, child = name.rpartition(".")
+            side = self.sides[module]
             layer = fast_convolution(module, weights["weight"], weights["bias"], side)
             setattr(self.network.get_submodule(parent), child, layer)
         else:
@@ -295,8 +329,9 @@ class CpuPlacement:
 
 
 def convolution_sides(network: TimedNetwork) -> dict[nn.Conv2d, int]:
-    """The side of the pictures that each convolution of the blocks works on."""
-    sides, side = {}, network.params.image_size
+    """The side of the pictures that each convolution works on; full outside of the blocks."""
+    side = network.params.image_size
+    sides = {conv: side for conv in network.modules() if isinstance(conv, nn.Conv2d)}
     for block in network.blocks():
         for layer in block:
             before, side = side, int(side * picture_scale(layer))

@@ -9,12 +9,15 @@ from itertools import pairwise
 import torch
 
 from guided_diffusion import accel, storage
-from guided_diffusion.accel import Speed, load_network
-from guided_diffusion.checkpoint import check_weights
+from guided_diffusion.accel import Speed, load_autoencoder, load_network
+from guided_diffusion.autoencoder import Autoencoder, AutoencoderParams
+from guided_diffusion.checkpoint import LATENT_AUTOENCODER, LATENT_UNET, check_weights
 from guided_diffusion.config import (
     CHANNEL_MULT_BY_IMAGE_SIZE,
+    AutoencoderConfig,
     ClassifierConfig,
     Config,
+    LatentConfig,
     NetworkConfig,
     StartConfig,
     TrainingConfig,
@@ -33,10 +36,11 @@ from guided_diffusion.denoiser import (
 from guided_diffusion.dist_util import ALONE, World
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
 from guided_diffusion.image_datasets import to_bytes
-from guided_diffusion.inpainter import Inpainter, Start
+from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
+from guided_diffusion.latent import LatentInpainter, latent_process
 from guided_diffusion.pictures import encode_png, picture_grid
 from guided_diffusion.respace import Process, respaced_process
-from guided_diffusion.scheduler import jump_times, plain_times, times_from
+from guided_diffusion.scheduler import ddim_times, jump_times, plain_times, times_from
 from guided_diffusion.training.data import TrainingImages
 from guided_diffusion.training.loop import Objective, Trainer
 from guided_diffusion.training.processes import Processes, check_batch_size
@@ -68,8 +72,11 @@ def build_inpainter(
     times: what the sampler walks, see `build_times`. device: see `pick_device`. speed: see
     `choose_speed`.
     """
+    check_checkpoints(config)  # all of them, before any weight is loaded
+    if config.latent:
+        return _build_latent_inpainter(config, times, device, speed)
     process = build_process(config, device)
-    return Inpainter(
+    return PixelInpainter(
         _build_denoiser(config, process, device, speed),
         process.diffusion,
         times,
@@ -83,6 +90,23 @@ def build_inpainter(
     )
 
 
+def _build_latent_inpainter(
+    config: Config, times: Sequence[int], device: torch.device, speed: Speed
+) -> LatentInpainter:
+    with torch.device("meta"):
+        autoencoder = Autoencoder(autoencoder_params(config.latent.autoencoder))
+    side = config.latent.nominal_size
+    return LatentInpainter(
+        build_network(config, device, speed),
+        load_autoencoder(autoencoder, config.model_path, speed, device, side),
+        build_process(config, device),
+        times,
+        multiple=config.latent.multiple,
+        eta=config.ddim_eta,
+        image_size=config.image_size,
+    )
+
+
 def _kind_of_start(start: StartConfig | None) -> Start:
     if start is None:
         return "noise"
@@ -92,7 +116,12 @@ def _kind_of_start(start: StartConfig | None) -> Start:
 def check_checkpoints(config: Config) -> None:
     """Compare every key and shape of the checkpoints with the config. Raises UserError."""
     with torch.device("meta"):
-        check_weights(UNet(unet_params(config.network)), config.model_path)
+        check_weights(
+            UNet(network_params(config)), config.model_path, config.latent and LATENT_UNET
+        )
+        if config.latent:
+            autoencoder = Autoencoder(autoencoder_params(config.latent.autoencoder))
+            check_weights(autoencoder, config.model_path, LATENT_AUTOENCODER)
         if c := config.classifier:
             params = classifier_params(c, config.network.image_size)
             check_weights(Classifier(params), c.path)
@@ -142,7 +171,12 @@ def choose_speed(config: Config, device: torch.device) -> Speed:
     """How the denoiser will be computed. Raises UserError for what the device does not offer."""
     if config.classifier:
         _choose_classifier_speed(config, device)
-    return accel.choose_speed(config.speed, config.network.use_fp16, device)
+    if not config.latent:
+        return accel.choose_speed(config.speed, config.network.use_fp16, device)
+    wishes = config.speed
+    if config.image_size is None and wishes.compile is None:
+        wishes = replace(wishes, compile=False)  # each size would be compiled anew
+    return accel.choose_speed(wishes, False, device)
 
 
 def _choose_classifier_speed(config: Config, device: torch.device) -> Speed:
@@ -153,12 +187,16 @@ def _choose_classifier_speed(config: Config, device: torch.device) -> Speed:
 def build_network(config: Config, device: torch.device, speed: Speed) -> Network:
     """The denoising network alone, weights loaded: (x_t, t[, y]) -> output. Raises UserError."""
     with torch.device("meta"):
-        network = UNet(unet_params(config.network))
-    return load_network(network, config.model_path, speed, device)
+        network = UNet(network_params(config))
+    part = config.latent and LATENT_UNET
+    return load_network(network, config.model_path, speed, device, part=part)
 
 
 def build_process(config: Config | TrainingConfig, device: torch.device | str = "cpu") -> Process:
     """The respaced diffusion of a config. Raises UserError."""
+    if isinstance(config, Config) and config.latent:
+        steps, _ = ddim_times(config.latent.ddim_steps)
+        return latent_process(steps, device)
     d = config.diffusion
     try:
         return respaced_process(
@@ -178,6 +216,8 @@ def build_times(config: Config) -> list[int]:
     """The times that the sampler walks. Raises UserError if it cannot take these steps."""
     diffusion = build_process(config).diffusion
     _check_ddim_eta(config, diffusion)
+    if config.latent:
+        return ddim_times(config.latent.ddim_steps)[1]
     alphas_cumprod = diffusion.alphas_cumprod
     steps = len(alphas_cumprod)
     times = jump_times(config.schedule) if config.schedule else plain_times(steps)
@@ -218,7 +258,6 @@ def _check_time_shift(config: Config, times: list[int], steps: int) -> None:
 def _build_denoiser(
     config: Config, process: Process, device: torch.device, speed: Speed
 ) -> Denoiser:
-    check_checkpoints(config)  # all of them, before any weight is loaded
     denoiser = network_denoiser(
         build_network(config, device, speed),
         process,
@@ -241,8 +280,13 @@ def _build_classifier(config: Config, device: torch.device) -> Network:
     return load_network(classifier, c.path, speed, device, gradients=True)
 
 
+def network_params(config: Config) -> UNetParams:
+    """The shape of the denoiser of a config, pixel or latent."""
+    return latent_unet_params(config.latent) if config.latent else unet_params(config.network)
+
+
 def unet_params(network: NetworkConfig) -> UNetParams:
-    """The shape of the denoiser that a config describes."""
+    """The shape of a denoiser of pixels."""
     return UNetParams(
         image_size=network.image_size,
         model_channels=network.num_channels,
@@ -259,6 +303,37 @@ def unet_params(network: NetworkConfig) -> UNetParams:
         resblock_updown=network.resblock_updown,
         use_new_attention_order=network.use_new_attention_order,
         use_checkpoint=network.use_checkpoint,
+    )
+
+
+def latent_unet_params(latent: LatentConfig) -> UNetParams:
+    """The shape of a denoiser of latents."""
+    unet, side = latent.unet, latent.nominal_size // latent.factor
+    return UNetParams(
+        image_size=side,
+        model_channels=unet.model_channels,
+        channel_mult=unet.channel_mult,
+        num_res_blocks=unet.num_res_blocks,
+        attention_resolutions=tuple(side // rate for rate in unet.attention_resolutions),
+        out_channels=unet.out_channels,
+        in_channels=unet.in_channels,
+        num_heads=unet.num_heads,
+        use_scale_shift_norm=False,
+        resblock_updown=unet.resblock_updown,
+    )
+
+
+def autoencoder_params(autoencoder: AutoencoderConfig) -> AutoencoderParams:
+    """The shape of the autoencoder that a config describes."""
+    return AutoencoderParams(
+        ch=autoencoder.ch,
+        ch_mult=autoencoder.ch_mult,
+        num_res_blocks=autoencoder.num_res_blocks,
+        z_channels=autoencoder.z_channels,
+        embed_dim=autoencoder.embed_dim,
+        n_embed=autoencoder.n_embed,
+        in_channels=autoencoder.in_channels,
+        out_ch=autoencoder.out_ch,
     )
 
 
@@ -316,7 +391,7 @@ def sample_writer(
     process = build_process(replace(config, diffusion=preview), device)
     with torch.device("meta"):
         network = UNet(unet_params(config.network)).eval()
-    inpainter = Inpainter(
+    inpainter = PixelInpainter(
         network_denoiser(
             network,
             process,

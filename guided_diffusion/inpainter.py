@@ -1,5 +1,6 @@
 """A model ready to inpaint: tensors or pictures in, the same kind out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, overload
@@ -28,20 +29,43 @@ Pictures = TypeVar("Pictures", torch.Tensor, Sequence[Image.Image])
 Start = Literal["noise", "image", "picture"]
 
 
-@dataclass(frozen=True)
-class Inpainter:
+class Inpainter(ABC):
     """Fills in what masks hide. Built by `load_inpainter`; called with images and keep masks."""
 
-    denoiser: Denoiser
     diffusion: GaussianDiffusion
     times: Sequence[int]  # see `scheduler`
-    image_size: int
-    num_classes: int = 1000
-    cond_y: int | None = None  # None: a class drawn for each image
-    inject_known: bool = True  # False: free sampling, whatever the image
-    time_shift: int = 1
-    paste_known: bool = False  # True: known pixels come out exactly as they went in
-    start_from: Start = "noise"  # if not noise, times begin where the picture is noised to
+    image_size: int | None  # None: pictures are taken as they are
+    paste_known: bool  # known pixels come out exactly as they went in
+    start_from: Start  # if not noise, times begin where the picture is noised to
+
+    @abstractmethod
+    def sample(
+        self,
+        gt: torch.Tensor,
+        keep_mask: torch.Tensor,
+        seeds: Sequence[int],
+        *,
+        picture: torch.Tensor | None = None,
+        start: SamplerState | None = None,
+        after_evaluation: Callable[[Evaluation], None] | None = None,
+    ) -> torch.Tensor:
+        """The sampler's own output for a batch, one seed an image; shapes as in `__call__`.
+
+        picture: what to start from, like gt; None: pure noise. start: the state in which the same
+        batch was stopped; after_evaluation: see `repaint`.
+        Raises NonFiniteError where the network's output is not finite.
+        """
+
+    def cut(self, keep_mask: torch.Tensor) -> torch.Tensor:
+        """The keep mask as this inpainter understands it, of the same shape."""
+        return keep_mask
+
+    def as_pictures(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """What the sampler's x_t, or an x_0 that it aims at, shows: (B, 3, H, W), about [-1, 1].
+
+        size: (H, W) of the batch.
+        """
+        return x
 
     @property
     def evaluations(self) -> int:
@@ -85,10 +109,11 @@ class Inpainter:
         """Inpaint a batch; image i has the random stream of seed + i.
 
         images: (B, 3, S, S) in [-1, 1] and keep_masks (B, 1 or 3, S, S) in [0, 1], 1 = keep,
-        S = image_size; or a PIL image and its mask of any size, or lists of them, which are
-        resized and cropped like files. progress(done, total, x0): called after each evaluation,
-        x0 as (B, 3, S, S) on the device. start_from: what the config's `start_from` begins with,
-        of the images' kind and sizes; left out: the images themselves, if the config has no path.
+        S = image_size, or any (B, ·, H, W) without one; or a PIL image and its mask of any size,
+        or lists of them, which are resized and cropped like files. progress(done, total, x0):
+        called after each evaluation; x0 is on the device, and `as_pictures` shows it. start_from:
+        what the config's `start_from` begins with, of the images' kind and sizes; left out: the
+        images themselves, if the config has no path.
         Returns the same kind; tensors as float32 on the CPU.
         Raises ValueError for kinds, shapes or values that do not fit.
         """
@@ -98,6 +123,90 @@ class Inpainter:
             starts = None if start_from is None else [start_from]
             return self._inpaint_pictures([images], [keep_masks], seed, progress, starts)[0]
         return self._inpaint_pictures(images, keep_masks, seed, progress, start_from)
+
+    def _sample(
+        self,
+        gt: torch.Tensor,
+        keep_mask: torch.Tensor,
+        seed: int,
+        progress: Progress | None,
+        picture: torch.Tensor | None,
+    ) -> torch.Tensor:
+        count = progress and _Counter(progress, self.evaluations)
+        seeds = range(seed, seed + len(gt))
+        return self.sample(gt, keep_mask, seeds, picture=picture, after_evaluation=count)
+
+    def _inpaint_tensors(
+        self,
+        images: torch.Tensor,
+        keep_masks: torch.Tensor,
+        seed: int,
+        progress: Progress | None,
+        start_from: torch.Tensor | None,
+    ) -> torch.Tensor:
+        _check_tensors(images, keep_masks, self.image_size)
+        picture = self._choose_start(start_from, images)
+        if picture is not None:
+            _check_start_tensor(picture, images)
+            picture = picture.float()
+        gt, keep_mask = images.float(), self.cut(keep_masks.float())
+        x = self._sample(gt, keep_mask, seed, progress, picture)
+        return torch.where(keep_mask.cpu() == 1, gt.cpu(), x) if self.paste_known else x
+
+    def _inpaint_pictures(
+        self,
+        images: Sequence[Image.Image],
+        keep_masks: Sequence[Image.Image],
+        seed: int,
+        progress: Progress | None,
+        start_from: Sequence[Image.Image] | None,
+    ) -> list[Image.Image]:
+        _check_pictures(images, keep_masks)
+        picture = starts = self._choose_start(start_from, images)
+        if starts is not None:
+            _check_start_pictures(starts, images)
+            prepared = [prepare(start, self.image_size) for start in starts]
+            picture = torch.stack([image_to_tensor(start) for start in prepared])
+        originals = [prepare(image, self.image_size) for image in images]
+        masks = [mask_to_tensor(prepare(m, self.image_size)) for m in keep_masks]
+        _check_sizes(originals, masks)
+        masks = self.cut(torch.stack(masks))
+        gt = torch.stack([image_to_tensor(original) for original in originals])
+        results = to_bytes(self._sample(gt, masks, seed, progress, picture))
+        if self.paste_known:
+            results = paste_known(results, np.stack(originals), masks)
+        return [Image.fromarray(result) for result in results]
+
+    def _choose_start(self, given: Pictures | None, images: Pictures) -> Pictures | None:
+        """What to start from; None: pure noise. Raises ValueError if it is missing, or in vain."""
+        if given is not None and self.start_from == "noise":
+            raise ValueError(
+                "start_from was given, but the config has none; with method: pixel, load it with "
+                "overrides=['start_from.t=N'], N a time of its schedule"
+            )
+        if given is None and self.start_from == "picture":
+            raise ValueError(
+                "the config has start_from.path, for the images of its dataset; give start_from, "
+                "pictures for these images, or load it with overrides=['start_from.path=null'] to "
+                "start from the images themselves"
+            )
+        return images if given is None and self.start_from == "image" else given
+
+
+@dataclass(frozen=True)
+class PixelInpainter(Inpainter):
+    """RePaint: the network sees the pixels themselves."""
+
+    denoiser: Denoiser
+    diffusion: GaussianDiffusion
+    times: Sequence[int]
+    image_size: int
+    num_classes: int = 1000
+    cond_y: int | None = None  # None: a class drawn for each image
+    inject_known: bool = True  # False: free sampling, whatever the image
+    time_shift: int = 1
+    paste_known: bool = False
+    start_from: Start = "noise"
 
     def sample(
         self,
@@ -109,12 +218,7 @@ class Inpainter:
         start: SamplerState | None = None,
         after_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> torch.Tensor:
-        """The sampler's own output for a batch, one seed an image; shapes as in `__call__`.
-
-        picture: what to start from, like gt; None: pure noise. start: the state in which the same
-        batch was stopped; after_evaluation: see `repaint`.
-        Raises NonFiniteError where the network's output is not finite.
-        """
+        """See `Inpainter.sample`."""
         device = self.diffusion.device
         streams = Streams(seeds, device)
         if self.cond_y is None:
@@ -144,72 +248,6 @@ class Inpainter:
         denoise.finish()
         return x.cpu()
 
-    def _sample(
-        self,
-        gt: torch.Tensor,
-        keep_mask: torch.Tensor,
-        seed: int,
-        progress: Progress | None,
-        picture: torch.Tensor | None,
-    ) -> torch.Tensor:
-        count = progress and _Counter(progress, self.evaluations)
-        seeds = range(seed, seed + len(gt))
-        return self.sample(gt, keep_mask, seeds, picture=picture, after_evaluation=count)
-
-    def _inpaint_tensors(
-        self,
-        images: torch.Tensor,
-        keep_masks: torch.Tensor,
-        seed: int,
-        progress: Progress | None,
-        start_from: torch.Tensor | None,
-    ) -> torch.Tensor:
-        _check_tensors(images, keep_masks, self.image_size)
-        picture = self._choose_start(start_from, images)
-        if picture is not None:
-            _check_start_tensor(picture, images)
-            picture = picture.float()
-        gt, keep_mask = images.float(), keep_masks.float()
-        x = self._sample(gt, keep_mask, seed, progress, picture)
-        return torch.where(keep_mask.cpu() == 1, gt.cpu(), x) if self.paste_known else x
-
-    def _inpaint_pictures(
-        self,
-        images: Sequence[Image.Image],
-        keep_masks: Sequence[Image.Image],
-        seed: int,
-        progress: Progress | None,
-        start_from: Sequence[Image.Image] | None,
-    ) -> list[Image.Image]:
-        _check_pictures(images, keep_masks)
-        picture = starts = self._choose_start(start_from, images)
-        if starts is not None:
-            _check_start_pictures(starts, images)
-            prepared = [prepare(start, self.image_size) for start in starts]
-            picture = torch.stack([image_to_tensor(start) for start in prepared])
-        originals = [prepare(image, self.image_size) for image in images]
-        masks = torch.stack([mask_to_tensor(prepare(m, self.image_size)) for m in keep_masks])
-        gt = torch.stack([image_to_tensor(original) for original in originals])
-        results = to_bytes(self._sample(gt, masks, seed, progress, picture))
-        if self.paste_known:
-            results = paste_known(results, np.stack(originals), masks)
-        return [Image.fromarray(result) for result in results]
-
-    def _choose_start(self, given: Pictures | None, images: Pictures) -> Pictures | None:
-        """What to start from; None: pure noise. Raises ValueError if it is missing, or in vain."""
-        if given is not None and self.start_from == "noise":
-            raise ValueError(
-                "start_from was given, but the config has none; load it with "
-                "overrides=['start_from.t=N'], N a time of its schedule"
-            )
-        if given is None and self.start_from == "picture":
-            raise ValueError(
-                "the config has start_from.path, for the images of its dataset; give start_from, "
-                "pictures for these images, or load it with overrides=['start_from.path=null'] to "
-                "start from the images themselves"
-            )
-        return images if given is None and self.start_from == "image" else given
-
 
 class _Counter:
     """Turns the sampler's calls into (done, total, x_0 estimate)."""
@@ -222,15 +260,18 @@ class _Counter:
         self.progress(self.done, self.total, evaluation.pred_x0)
 
 
-def _check_tensors(images: torch.Tensor, keep_masks: torch.Tensor, size: int) -> None:
+def _check_tensors(images: torch.Tensor, keep_masks: torch.Tensor, size: int | None) -> None:
     if not isinstance(keep_masks, torch.Tensor):
         raise ValueError("images are a tensor, so the keep masks must be one too")
     shape = images.shape
-    if shape[1:] != (3, size, size) or shape[0] == 0:
-        raise ValueError(f"images are {tuple(shape)}, not (B, 3, {size}, {size})")
-    if keep_masks.shape not in (shape, (shape[0], 1, size, size)):
+    sides = (size, size) if size else tuple(shape[2:])
+    if shape[1:] != (3, *sides) or len(sides) != 2 or 0 in shape:
+        shown = "{}, {}".format(*sides) if size else "H, W"
+        raise ValueError(f"images are {tuple(shape)}, not (B, 3, {shown})")
+    if keep_masks.shape not in (shape, (shape[0], 1, *sides)):
+        shown = "{}, {}".format(*sides)
         raise ValueError(
-            f"keep masks are {tuple(keep_masks.shape)}, not ({shape[0]}, 1 or 3, {size}, {size})"
+            f"keep masks are {tuple(keep_masks.shape)}, not ({shape[0]}, 1 or 3, {shown})"
         )
     for name, tensor, low, high in (("images", images, -1, 1), ("keep masks", keep_masks, 0, 1)):
         if not tensor.is_floating_point() or not ((tensor >= low) & (tensor <= high)).all():
@@ -248,6 +289,18 @@ def _check_pictures(images: Sequence[Image.Image], keep_masks: Sequence[Image.Im
     if not images or len(images) != len(keep_masks):
         raise ValueError(
             f"{len(images)} images and {len(keep_masks)} keep masks; give each image its mask"
+        )
+
+
+def _check_sizes(images: Sequence[np.ndarray], keep_masks: Sequence[torch.Tensor]) -> None:
+    """images: (H, W, 3) each, prepared; keep_masks: (3, H, W) each."""
+    sizes = {image.shape[:2] for image in images} | {tuple(mask.shape[1:]) for mask in keep_masks}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise ValueError(
+            f"images and keep masks are of several sizes ({shown}) and the config has no "
+            "image_size; give each image a mask of its size, and images of other sizes in a call "
+            "of their own"
         )
 
 

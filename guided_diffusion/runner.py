@@ -94,10 +94,10 @@ def _batch_size(plan: Plan, inpainter: Inpainter) -> int:
     """The plan's; for `auto`, as many images as a GPU holds."""
     if plan.batch_size != "auto":
         return plan.batch_size
-    first_step = replace(inpainter, times=(inpainter.times[0], -1))
+    first_step = replace(inpainter, times=(inpainter.times[0], inpainter.times[-1]))
 
     def evaluate(images: int) -> None:
-        blank = torch.zeros(images, 3, inpainter.image_size, inpainter.image_size)
+        blank = torch.zeros(images, 3, *plan.largest_size)
         with contextlib.suppress(NonFiniteError):  # the run will tell, with the image's name
             first_step.sample(blank, blank, range(images))
 

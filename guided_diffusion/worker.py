@@ -131,18 +131,19 @@ class Worker:
                 [each.stream for each in inputs],
                 picture=None if pictures[0] is None else torch.stack(pictures),
                 start=start,
-                after_evaluation=self._after_evaluation(inputs, state_path),
+                after_evaluation=self._after_evaluation(inputs, state_path, views[0].image.shape),
             )
         except NonFiniteError as error:
             raise UserError(self._non_finite(inputs, error)) from error
         return to_bytes(x)
 
     def _after_evaluation(
-        self, inputs: Sequence[_Input], state_path: str
+        self, inputs: Sequence[_Input], state_path: str, shape: Sequence[int]
     ) -> Callable[[Evaluation], None]:
         """What to do after each: show it, count it, and save the state in time.
 
-        At the end too, where something else comes before the result is written.
+        At the end too, where something else comes before the result is written. shape: (3, H, W)
+        of each input.
         """
         every = self.plan.config.checkpoint_every
         more = self.log or any(each.example.views > 1 for each in inputs)
@@ -152,7 +153,7 @@ class Worker:
         def after_evaluation(evaluation: Evaluation) -> None:
             nonlocal saved
             try:
-                self._show(inputs, evaluation)
+                self._show(inputs, evaluation, shape[1:])
                 self.report.evaluation_done(evaluation.pred_x0)
                 self.stop.check()
             except (Interrupted, UserError):
@@ -179,11 +180,14 @@ class Worker:
                 for each in inputs:
                     self.log.begin(each.log_name)
 
-    def _show(self, inputs: Sequence[_Input], evaluation: Evaluation) -> None:
-        if self.log:
+    def _show(self, inputs: Sequence[_Input], evaluation: Evaluation, size: Sequence[int]) -> None:
+        if self.log and self.log.is_due(evaluation.position):
             names = [each.log_name for each in inputs]
+            x_t, x0 = (
+                self.inpainter.as_pictures(x, size) for x in (evaluation.x, evaluation.pred_x0)
+            )
             with writing(self.log.folder):
-                self.log.write(names, evaluation.position, evaluation.x, evaluation.pred_x0)
+                self.log.write(names, evaluation.position, x_t, x0)
 
     def _animate(self, task: Task) -> None:
         if self.log:
@@ -249,9 +253,9 @@ def load(task: Task, plan: Plan) -> Crop | Photo:
     example = load_example(
         task.pair,
         plan.dataset,
-        plan.config.network.image_size,
+        plan.config.image_size,
         flip=task.origin.flip,
-        paste_known=plan.config.paste_known,
+        known_from=plan.config.known_from,
     )
     for path, digest in (
         (task.pair.image_path, task.origin.image),

@@ -29,7 +29,7 @@ from PIL import Image
 
 from guided_diffusion import factory, storage
 from guided_diffusion.config import load_config
-from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.inpainter import PixelInpainter
 from guided_diffusion.pictures import load_prepared
 from guided_diffusion.records import load_state
 
@@ -380,8 +380,8 @@ def test_several_samples_of_each_image(case, plain):
 
 
 def out_of_memory_above(images: int) -> Callable[..., torch.Tensor]:
-    """`Inpainter.sample` on a GPU that holds so many images."""
-    sample = Inpainter.sample
+    """`PixelInpainter.sample` on a GPU that holds so many images."""
+    sample = PixelInpainter.sample
 
     def sample_few(inpainter, gt, keep_mask, seeds, *, after_evaluation, **keys):
         def run_out(evaluation):
@@ -396,7 +396,7 @@ def out_of_memory_above(images: int) -> Callable[..., torch.Tensor]:
 
 def test_a_batch_that_does_not_fit_costs_one_line_and_no_image(case, plain):
     case.dataset["batch_size"] = 2
-    with patch.object(Inpainter, "sample", out_of_memory_above(1)):
+    with patch.object(PixelInpainter, "sample", out_of_memory_above(1)):
         result = case.run()
     assert result.status == 0
     assert result.err == "warning: not enough memory for 2 images at a time; going on with 1\n"
@@ -407,7 +407,7 @@ def test_a_batch_that_does_not_fit_costs_one_line_and_no_image(case, plain):
 
 
 def test_an_image_that_does_not_fit_is_one_line(case):
-    with patch.object(Inpainter, "sample", out_of_memory_above(0)):
+    with patch.object(PixelInpainter, "sample", out_of_memory_above(0)):
         result = case.run()
     assert result.status == 2
     assert re.fullmatch(r"error: cpu has not enough memory for one image; set .*\n", result.err)
@@ -862,7 +862,7 @@ def test_nobody_listens_any_more(case):
 
 def test_overwrite_and_a_stop_or_a_restart(case, monkeypatch):
     case.finish()
-    with patch.object(Inpainter, "sample", side_effect=KeyboardInterrupt):
+    with patch.object(PixelInpainter, "sample", side_effect=KeyboardInterrupt):
         result = case.run("--overwrite")
     assert result.status == 130
     assert result.err.endswith(

@@ -2,14 +2,14 @@
 
 | floor | modules |
 | --- | --- |
-| 0 | config, storage, nn, gaussian_diffusion, winograd, memory, interrupts |
-| 1 | unet, respace, checkpoint, pictures, scheduler, dist_util, mask_kinds, mask_edits |
-| 2 | repaint, denoiser, accel, progress, records, measuring, image_datasets |
-| 2 | masks, regions, report |
-| 3 | inpainter, examples, input_checks, animation, metrics/*, training/* |
-| 4 | plan, preview, factory, evaluation |
-| 5 | worker, paper_table, benchmarking, scaling; the package's own front (`__init__`) |
-| 6 | runner, study |
+| 0 | config, storage, nn, strips, gaussian_diffusion, winograd, lightning, memory, interrupts |
+| 1 | unet, autoencoder, respace, weights_report, pictures, scheduler, dist_util |
+| 1 | mask_kinds, mask_edits |
+| 2 | repaint, denoiser, checkpoint, progress, records, image_datasets, masks, regions, report |
+| 3 | inpainter, accel, examples, input_checks, animation, measuring, metrics/*, training/* |
+| 4 | latent, plan, preview, evaluation |
+| 5 | factory, worker, paper_table |
+| 6 | runner, study, benchmarking, scaling; the package's own front (`__init__`) |
 | 7 | the entry scripts: test.py, train.py, benchmark.py, evaluate.py |
 | 8 | data/*.py, scripts that use the package as its users do |
 
@@ -28,15 +28,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "guided_diffusion"
 FLOORS = (
-    ("config", "storage", "nn", "gaussian_diffusion", "winograd", "memory", "interrupts"),
-    ("unet", "respace", "checkpoint", "pictures", "scheduler", "dist_util", "mask_kinds")
-    + ("mask_edits",),
-    ("repaint", "denoiser", "accel", "progress", "records", "measuring", "image_datasets")
-    + ("regions", "masks", "report"),
-    ("inpainter", "examples", "input_checks", "animation", "metrics.*", "training.*"),
-    ("plan", "preview", "factory", "evaluation"),
-    ("worker", "paper_table", "benchmarking", "scaling", "__init__"),
-    ("runner", "study"),
+    ("config", "storage", "nn", "strips", "gaussian_diffusion", "winograd", "lightning")
+    + ("memory", "interrupts"),
+    ("unet", "autoencoder", "respace", "weights_report", "pictures", "scheduler", "dist_util")
+    + ("mask_kinds", "mask_edits"),
+    ("repaint", "denoiser", "checkpoint", "progress", "records", "image_datasets")
+    + ("masks", "regions", "report"),
+    ("inpainter", "accel", "examples", "input_checks", "animation", "measuring")
+    + ("metrics.*", "training.*"),
+    ("latent", "plan", "preview", "evaluation"),
+    ("factory", "worker", "paper_table"),
+    ("runner", "study", "benchmarking", "scaling", "__init__"),
     ("test.py", "train.py", "benchmark.py", "evaluate.py"),
     ("data/*.py",),
 )

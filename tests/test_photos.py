@@ -17,7 +17,7 @@ from test_image_datasets import noise
 
 from guided_diffusion import worker
 from guided_diffusion.animation import ProcessLog
-from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.inpainter import PixelInpainter
 from guided_diffusion.plan import stream_of_view
 
 HOLES = {  # name -> boxes (left, top, right, bottom)
@@ -103,13 +103,13 @@ def test_each_region_has_random_numbers_of_its_own(tmp_path):
 def test_no_two_regions_of_any_photos_share_random_numbers(tmp_path):
     case = photo_case(tmp_path, batch_size=3)
     seeds = []
-    sample = Inpainter.sample
+    sample = PixelInpainter.sample
 
     def noted(inpainter, gt, keep_mask, streams, **options):
         seeds.extend(streams)
         return sample(inpainter, gt, keep_mask, streams, **options)
 
-    with patch.object(Inpainter, "sample", noted):
+    with patch.object(PixelInpainter, "sample", noted):
         case.finish()
     seed = case.config["seed"]
     assert seeds[:2] == [seed, seed + 2] and len(set(seeds)) == REGIONS  # a and c, then a again

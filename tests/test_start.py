@@ -33,7 +33,7 @@ from guided_diffusion.examples import load_example
 from guided_diffusion.factory import build_times
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ReverseStep, beta_schedule
 from guided_diffusion.image_datasets import Pair, find_pairs
-from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.inpainter import PixelInpainter
 from guided_diffusion.plan import from_json, to_json
 from guided_diffusion.records import Origin, Records, load_state
 from guided_diffusion.regions import Region, cut_start
@@ -207,8 +207,8 @@ def numpy_loop(gt: np.ndarray, picture: np.ndarray, seed: int, inject: bool) -> 
     return x
 
 
-def small_inpainter(**fields: object) -> Inpainter:
-    return Inpainter(senseless, DIFFUSION, JUMPS, 4, start_from="image", **fields)
+def small_inpainter(**fields: object) -> PixelInpainter:
+    return PixelInpainter(senseless, DIFFUSION, JUMPS, 4, start_from="image", **fields)
 
 
 @pytest.mark.parametrize("inject", [True, False])
@@ -728,7 +728,7 @@ def test_starts_that_do_not_fit_are_refused(case):
     gt = Image.new("RGB", (SIZE, SIZE))
     tensor, keep = torch.zeros(1, 3, SIZE, SIZE), torch.zeros(1, 1, SIZE, SIZE)
     refused = [
-        (plain, (gt, gt), gt, "the config has none; load it with overrides="),
+        (plain, (gt, gt), gt, "the config has none; with method: pixel, load it with"),
         (inpaint, (gt, gt), None, "the config has start_from.path, for the images of its dataset"),
         (inpaint, (tensor, keep), None, "the config has start_from.path"),
         (inpaint, (gt, gt), Image.new("RGB", (SIZE, SIZE + 1)), "as many and of their sizes"),
