@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import stat
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,8 @@ from torch import nn
 
 from guided_diffusion import lightning, storage
 from guided_diffusion.config import UserError
-from guided_diffusion.lightning import StoredTensor
+from guided_diffusion.dist_util import read_world
+from guided_diffusion.lightning import ForeignError, StoredTensor, shown
 from guided_diffusion.weights_report import (
     TIME_EMBED,
     Explain,
@@ -80,7 +82,7 @@ def load_weights(
     copies, for the file is mapped and left again piece by piece, so that all weights are in memory
     once. part: where they are in a latent diffusion checkpoint; None: the file has them alone.
     Raises UserError, as `load_state_dict` and if any key or shape differs; warns, once, if a part
-    should have a moving average and has none.
+    should have a moving average and has none (of the processes of a run, that of rank 0 does).
     """
     open_weights = _matching_weights(network, path, part)
     for names in _pieces(network):
@@ -96,9 +98,20 @@ def local_path(path: str) -> str:
     """The path itself, or that of a copy on this machine of a remote checkpoint.
 
     The copy is downloaded if there is none, or another version of it; a process does that at most
-    once, so that all that it does with a checkpoint is done with the same. Raises UserError.
+    once, so that all that it does with a checkpoint is done with the same. Raises UserError, also
+    if there is neither a file nor a folder, but a device or a pipe, which might have no end.
     """
-    return _copy(path) if storage.is_remote(path) else path
+    if storage.is_remote(path):
+        return _copy(path)
+    _refuse_devices(path)
+    return path
+
+
+def _refuse_devices(path: str) -> None:
+    with suppress(OSError, ValueError):  # reading says what is wrong
+        kind = os.stat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise UserError(f"{path}: this is a device or a pipe; a checkpoint must be a file")
 
 
 def fingerprint(path: str) -> dict[str, Any]:
@@ -120,27 +133,39 @@ def load_state_dict(path: str) -> dict[str, Any]:
 
     Raises UserError if the file is missing, damaged, or holds more than plain data and tensors.
     """
+    _refuse_devices(path)
     return _load(path, path)
 
 
 # ---- Reading ---------------------------------------------------------------------------------
+
+_NETWORK_ALONE = "save the network's state_dict() alone"
+_WHOLE_MODEL = "save the whole model's state_dict()"
 
 
 def _read(path: str) -> Any:
     if storage.is_remote(path):
         with storage.open_binary(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    is_zip = _is_zip(path)
+    if is_zip:
+        lightning.check_stored(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
-def _load(name: str, path: str, read: Callable[[str], Any] = _read) -> Any:
-    """The contents of a file that the user knows by this name. Raises UserError."""
+def _load(
+    name: str, path: str, read: Callable[[str], Any] = _read, anew: str = _NETWORK_ALONE
+) -> Any:
+    """The contents of a file that the user knows by this name. Raises UserError.
+
+    anew: how to make a file that is read.
+    """
     try:
         return read(path)
     except OSError as error:
         raise UserError(_unreadable_message(name, error)) from error
     except Exception as error:  # torch reports damaged files by many unrelated types
-        raise UserError(f"{name}: {_diagnosis(path, error)}; {_remedy(name)}") from error
+        raise UserError(f"{name}: {_damage_message(name, path, error, anew)}") from error
 
 
 @cache
@@ -184,8 +209,18 @@ def _fetch_command(path: str) -> str:
     return f"fetch it: bash download.sh {DOWNLOADS[name]}"
 
 
-def _diagnosis(path: str, error: Exception) -> str:
-    """What is wrong with a file that torch could not load."""
+def _damage_message(name: str, path: str, error: Exception, anew: str) -> str:
+    """What is wrong with a file that could not be read, and what to do."""
+    problem, remedy = _file_problem(path), f"fetch it again if you downloaded it, or {anew}"
+    if not problem and isinstance(error, ForeignError):
+        problem, remedy = str(error), error.remedy
+    if fetch := _fetch_command(name):
+        remedy = f"delete it and {fetch}"
+    return f"{problem or _content_problem(error)}; {remedy}"
+
+
+def _file_problem(path: str) -> str | None:
+    """What its first bytes and its end tell; None: it is as torch.save writes files."""
     with storage.open_binary(path) as file:
         start = file.read(4)
         ends_early = start == _ZIP and not _is_zip(file)
@@ -195,8 +230,13 @@ def _diagnosis(path: str, error: Exception) -> str:
         return "the file is incomplete, its end is missing"
     if start != _ZIP and not start.startswith(_PICKLE):
         return "this is no checkpoint, but a file of another kind, such as text or a web page"
-    if isinstance(error, lightning.ForeignError):
-        return str(error)
+    return None
+
+
+_ZIP, _PICKLE = b"PK\3\4", b"\x80"  # how files begin that torch.save writes, and wrote until 1.6
+
+
+def _content_problem(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return (
             "the file is damaged, or it holds objects that could run code when loaded (nothing "
@@ -205,18 +245,9 @@ def _diagnosis(path: str, error: Exception) -> str:
     return f"the file is damaged: {_first_line(error)}"
 
 
-_ZIP, _PICKLE = b"PK\3\4", b"\x80"  # how files begin that torch.save writes, and wrote until 1.6
-
-
-def _remedy(path: str) -> str:
-    if fetch := _fetch_command(path):
-        return f"delete it and {fetch}"
-    return "fetch it again if you downloaded it, or save the network's state_dict() alone"
-
-
 def _first_line(error: Exception) -> str:
     text = (getattr(error, "strerror", None) or str(error)).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return shown(text.splitlines()[0], longest=300) if text else type(error).__name__
 
 
 # ---- Comparing -------------------------------------------------------------------------------
@@ -245,7 +276,7 @@ def _matching_file(wanted: Shapes, path: str, local: str) -> Callable[[], Weight
 
 
 def _matching_part(wanted: Shapes, path: str, local: str, part: Part) -> Callable[[], Weights]:
-    stored = _load(path, local, lightning.read_state_dict)
+    stored = _load(path, local, lightning.read_state_dict, _WHOLE_MODEL)
     names = _names_in_file(part, stored, wanted)
     if problem := _part_problem(part, stored, names):
         raise UserError(f"{path}: {problem}")
@@ -277,15 +308,19 @@ def _part_problem(part: Part, stored: Mapping[str, Any], names: Mapping[str, str
     if TIME_EMBED in stored:
         return "this is a pixel-space model: set method: pixel, or take a latent diffusion one"
     if not names:
-        first = f"; the first is {next(iter(stored))!r}" if stored else ""
+        first = f"; the first is '{shown(next(iter(stored)))}'" if stored else ""
         return f"no whole latent diffusion model: no name in it begins with {part.prefix!r}{first}"
     strange = [name for name in names.values() if stored[name] is None]
-    return f"{strange[0]} in it is no tensor of floating-point numbers" if strange else None
+    if strange:
+        return f"{shown(strange[0])} in it is no tensor of floating-point numbers"
+    return None
 
 
 @cache
 def _warn_of_plain_weights(path: str) -> None:
-    """Warn, once a process."""
+    """Warn, once a run."""
+    if read_world().rank:
+        return
     warnings.warn(
         f"{path}: the file has no moving average (model_ema) of the weights; going on with the "
         "plain ones, whose pictures are worse",
@@ -337,10 +372,12 @@ def _is_state_dict(contents: Any) -> bool:
 
 def _no_state_dict_message(contents: Any) -> str:
     parts = contents.items() if isinstance(contents, Mapping) else ()
-    inside = [key for key, value in parts if _is_state_dict(value) and value]
+    inside = [
+        key for key, value in parts if isinstance(key, str) and _is_state_dict(value) and value
+    ]
     remedy = (
-        f"there is one inside, under {inside[0]!r}: save that alone"
+        f"there is one inside, under '{shown(inside[0])}': save that alone"
         if inside
-        else "save the network's state_dict() alone"
+        else _NETWORK_ALONE
     )
     return f"not a plain state dict, which is a map of names to tensors; {remedy}"

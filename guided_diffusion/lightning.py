@@ -19,7 +19,21 @@ import torch
 
 
 class ForeignError(Exception):
-    """A file is whole, but not of a kind that is read here; the message is a clause about it."""
+    """A file is whole, but not of a kind that is read here; the message is a clause about it.
+
+    remedy: another, on what to do.
+    """
+
+    def __init__(self, message: str, remedy: str):
+        super().__init__(message)
+        self.remedy = remedy
+
+
+def shown(text: str, longest: int = 80) -> str:
+    """A text out of a file as a message may show it: short, and no command to a terminal."""
+    begin = text[: longest + 1]  # escaping makes nothing shorter
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in begin)
+    return escaped if len(escaped) <= longest else f"{escaped[: longest - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -48,14 +62,27 @@ def read_state_dict(path: str) -> dict[str, StoredTensor | None]:
     """
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
-            raise ForeignError("this is a file of torch before 1.6: save it anew with a later one")
+            raise ForeignError(
+                "this is a file of torch before 1.6", "save it anew with a later one"
+            )
         with zipfile.ZipFile(file) as archive:
             pickled = _pickle(archive)
+            _check_stored(archive)
             folder = pickled.removesuffix(PICKLE)
-            _check_byte_order(archive, f"{folder}byteorder")
-            contents = _items(follow(archive.read(pickled)))
+            _check_byte_order(archive, f"{folder}byteorder", file)
+            contents = _items(follow(_read_record(archive, pickled, file)))
             tensors = _items(contents.get("state_dict", contents))
             return {name: _locate(each, archive, folder, file) for name, each in tensors.items()}
+
+
+def check_stored(path: str) -> None:
+    """Raise ForeignError if the contents of an archive of torch's are compressed.
+
+    Such a file must not be mapped into memory, where its tensors would be of other numbers; and a
+    small one can hold more than there is memory for.
+    """
+    with zipfile.ZipFile(path) as archive:
+        _check_stored(archive)
 
 
 def map_tensors(path: str, tensors: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
@@ -176,6 +203,8 @@ def _items(target: Any) -> dict[str, Any]:
 # ---- The archive -----------------------------------------------------------------------------
 
 PICKLE = "data.pkl"
+LONGEST_BYTE_ORDER = 16  # bytes: "little" and "big" are what there is
+MOST_DIMENSIONS = 8
 
 DTYPES = {
     "torch.FloatStorage": torch.float32,
@@ -190,14 +219,41 @@ def _pickle(archive: zipfile.ZipFile) -> str:
     for name in names:
         if name.count("/") == 1 and name.endswith(f"/{PICKLE}"):
             return name
-    inside = f"it holds {names[0]!r}, unpack it" if names else "it is empty"
-    raise ForeignError(f"this is a zip archive, but not one of torch's: {inside}")
+    message = "this is a zip archive, but not one of torch's"
+    if not names:
+        raise ForeignError(f"{message}: it is empty", "take another file")
+    raise ForeignError(f"{message}: it holds '{shown(names[0])}'", "unpack it")
 
 
-def _check_byte_order(archive: zipfile.ZipFile, record: str) -> None:
-    order = archive.read(record).decode() if record in archive.namelist() else "little"
+def _check_stored(archive: zipfile.ZipFile) -> None:
+    for record in archive.infolist():
+        is_read = record.filename.partition("/")[2].startswith(("data", "byteorder"))
+        if is_read and record.compress_type != zipfile.ZIP_STORED:
+            raise ForeignError(
+                "its records are compressed",
+                "pack them anew without compression: unzip it, then zip -0 -r",
+            )
+
+
+def _check_byte_order(archive: zipfile.ZipFile, record: str, file: BinaryIO) -> None:
+    if record not in archive.namelist():
+        return  # torch before 2.0, which wrote little-endian numbers, as nearly all machines do
+    order = _read_record(archive, record, file, LONGEST_BYTE_ORDER).decode()
     if order != sys.byteorder:
-        raise ForeignError(f"its numbers are {order}-endian, this machine's {sys.byteorder}")
+        raise ForeignError(
+            f"its numbers are {shown(order)}-endian, this machine's {sys.byteorder}",
+            "save it anew with torch on this machine",
+        )
+
+
+def _read_record(
+    archive: zipfile.ZipFile, name: str, file: BinaryIO, most: int | None = None
+) -> bytes:
+    """The bytes of a record, as many as the file has, and `most` at most."""
+    _, size = _record(archive, name, file)
+    if most is not None and size > most:
+        raise ValueError(f"its record {shown(name)} is damaged")
+    return archive.read(name)
 
 
 def _locate(
@@ -216,7 +272,7 @@ def _locate(
             first = offset * dtype.itemsize
             tensor = StoredTensor(start + first, dtype, shape, stride)
             if first + tensor.nbytes > nbytes:
-                raise ValueError(f"a tensor reaches beyond its record, {key}")
+                raise ValueError(f"a tensor reaches beyond its record, {shown(key)}")
             return tensor
     return None
 
@@ -224,7 +280,10 @@ def _locate(
 def _are_sizes(offset: Any, shape: Any, stride: Any) -> bool:
     if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):
         return False
-    return all(type(size) is int and size >= 0 for size in (offset, *shape, *stride))
+    sizes = (offset, *shape, *stride)
+    return len(shape) <= MOST_DIMENSIONS and all(
+        type(size) is int and 0 <= size < 2**63 for size in sizes
+    )
 
 
 def _record(archive: zipfile.ZipFile, name: str, file: BinaryIO) -> tuple[int, int]:
@@ -234,9 +293,8 @@ def _record(archive: zipfile.ZipFile, name: str, file: BinaryIO) -> tuple[int, i
     header = file.read(30)  # then name and padding, whose lengths are at its end
     start = record.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
     size = record.file_size
-    is_plain = header.startswith(b"PK\3\4") and record.compress_type == zipfile.ZIP_STORED
-    if not is_plain or start + size > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"its record {name} is damaged or compressed")
+    if not header.startswith(b"PK\3\4") or start + size > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"its record {shown(name)} is damaged")
     return start, size
 
 

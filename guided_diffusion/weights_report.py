@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from guided_diffusion.config import CHANNEL_MULT_BY_IMAGE_SIZE
+from guided_diffusion.lightning import shown
 
 Shapes = dict[str, tuple[int, ...]]  # of weights, by name
 Features = dict[str, str | None]  # config key -> its value; None: the shapes do not tell
@@ -12,15 +13,17 @@ Explain = Callable[[Shapes, Shapes], Iterator[str]]  # wanted, found -> reasons,
 
 TIME_EMBED = "time_embed.0.weight"  # every U-Net and classifier has it, of width num_channels
 
+_INCOMPLETE = "no key of the config explains it, so the file is incomplete or for another program"
+
 
 def explain_pixel_network(wanted: Shapes, found: Shapes) -> Iterator[str]:
     """What accounts for the differences of a denoiser or classifier of pixels."""
     if not _size(found, TIME_EMBED, 1):
-        prefix = _prefix(found)
+        prefix = shown(_prefix(found))
         yield (
-            f"its names begin with {prefix!r}: save the state_dict() of the network inside"
+            f"its names begin with '{prefix}': save the state_dict() of the network inside"
             if prefix
-            else f"it is no network of this family, which would have {TIME_EMBED}"
+            else _without_time_embed(wanted, found)
         )
         return
     if _is_denoiser(wanted) != _is_denoiser(found):
@@ -40,7 +43,7 @@ def explain_latent_unet(wanted: Shapes, found: Shapes) -> Iterator[str]:
         yield "its moving average (model_ema) is of another network"
         return
     if not _size(found, TIME_EMBED, 1):
-        yield f"it is no network of this family, which would have {TIME_EMBED}"
+        yield _without_time_embed(wanted, found)
         return
     if any(".transformer_blocks." in name for name in found):
         yield "it is guided by texts (transformer_blocks), which this program's network is not"
@@ -66,12 +69,12 @@ def difference_message(wanted: Shapes, found: Shapes, explain: Explain) -> str:
     if missing:
         differences.append(f"{len(missing)} missing, first {missing[0]}")
     if unknown:
-        differences.append(f"{len(unknown)} unknown, first {unknown[0]}")
+        differences.append(f"{len(unknown)} unknown, first {shown(unknown[0])}")
     if misshaped:
         key = misshaped[0]
         differences.append(
-            f"{len(misshaped)} of another shape, first {key}, {list(found[key])} in the file and "
-            f"{list(wanted[key])} by the config"
+            f"{len(misshaped)} of another shape, first {key}, "
+            f"{shown(str(list(found[key])))} in the file and {list(wanted[key])} by the config"
         )
     reasons = "; ".join(explain(wanted, found))
     return f"the checkpoint does not fit the config: {reasons} (weights: {'; '.join(differences)})"
@@ -82,10 +85,17 @@ def _config_reasons(ours: Features, theirs: Features) -> Iterator[str]:
     explained = False
     for key in ours:
         if None not in (ours[key], theirs[key]) and ours[key] != theirs[key]:
-            yield f"{key}: {theirs[key]} in the file, {ours[key]} in the config"
+            yield f"{key}: {shown(theirs[key])} in the file, {ours[key]} in the config"
             explained = True
     if not explained:
-        yield "no key of the config explains it, so the file is incomplete or for another program"
+        yield _INCOMPLETE
+
+
+def _without_time_embed(wanted: Shapes, found: Shapes) -> str:
+    """What a file without that weight is, by how many of the others it has."""
+    if 2 * sum(name in found for name in wanted) > len(wanted):
+        return _INCOMPLETE
+    return f"it is no network of this family, which would have {TIME_EMBED}"
 
 
 def _prefix(shapes: Shapes) -> str:
@@ -101,6 +111,9 @@ def _is_denoiser(shapes: Shapes) -> bool:
 # ---- U-Nets ----------------------------------------------------------------------------------
 
 
+_MOST_LEVELS = 32  # an image of 2**31 pixels a side; a damaged file may seem to have thousands
+
+
 class _UNet(NamedTuple):
     """What the shapes of a U-Net tell, whatever the config calls it."""
 
@@ -114,6 +127,7 @@ def _read_unet(shapes: Shapes) -> _UNet:
     channels = _size(shapes, TIME_EMBED, 1)
     upsampler = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight")
     levels = 1 + sum(upsampler.fullmatch(key) is not None for key in shapes)
+    levels = min(levels, _MOST_LEVELS)
     per_level = _count_blocks(shapes) // levels  # residual ones, and the stem or a downsampling one
     firsts = [f"input_blocks.{level * per_level + 1}" for level in range(levels)]
     widths = [_size(shapes, f"{block}.0.out_layers.3.weight") for block in firsts]

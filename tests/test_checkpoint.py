@@ -26,12 +26,14 @@ from guided_diffusion.checkpoint import (
     LATENT_UNET,
     Part,
     check_weights,
+    fingerprint,
     load_state_dict,
     load_weights,
 )
 from guided_diffusion.config import (
     AutoencoderConfig,
     ClassifierConfig,
+    LatentConfig,
     LatentUNetConfig,
     NetworkConfig,
     UserError,
@@ -140,14 +142,13 @@ def test_the_order_of_the_names_does_not_matter(tmp_path, tiny):
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux to see the mapping")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's accounts")
 def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
-    """A file of 256 MB, in pieces of 16 MB, in a process of its own."""
+    """A file of 128 MB, in pieces of 8 MB, in a process of its own."""
     script = """
 import re, sys, torch
-from guided_diffusion import checkpoint, lightning
-from guided_diffusion.autoencoder import Autoencoder
-checkpoint.PIECE = 2**22
+from guided_diffusion import checkpoint
+checkpoint.PIECE = 2**21
 with torch.device("meta"):
-    network = torch.nn.Sequential(*[torch.nn.Conv2d(512, 512, 4) for _ in range(16)])
+    network = torch.nn.Sequential(*[torch.nn.Conv2d(512, 512, 4) for _ in range(8)])
 torch.save({"warm": torch.zeros(1)}, sys.argv[1] + ".warm")
 checkpoint.load_state_dict(sys.argv[1] + ".warm")
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -155,11 +156,13 @@ before = peak()
 checkpoint.load_weights(network, sys.argv[1])
 print(peak() - before)
 """
-    convs = torch.nn.Sequential(*[torch.nn.Conv2d(512, 512, 4) for _ in range(16)])
-    torch.save(convs.state_dict(), tmp_path / "big.pt")
+    shapes = {"weight": (512, 512, 4, 4), "bias": (512,)}
+    names = [(f"{i}.{key}", shape) for i in range(8) for key, shape in shapes.items()]
+    weights = {name: torch.ones(shape) for name, shape in names}
+    torch.save(weights, tmp_path / "big.pt")
     command = [sys.executable, "-c", script, str(tmp_path / "big.pt")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    kilobytes = sum(weight.nbytes for weight in convs.state_dict().values()) / 1024
+    kilobytes = sum(weight.nbytes for weight in weights.values()) / 1024
     assert kilobytes * 0.9 < int(run.stdout) < kilobytes * 1.3
 
 
@@ -280,6 +283,123 @@ def test_text_or_a_web_page(tmp_path, content):
 
 def test_a_folder(tmp_path):
     assert "cannot read this checkpoint: " in refusal(denoiser(), tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    (tmp_path / "link.pt").symlink_to("/dev/zero")
+    for name in ("pipe.pt", "link.pt"):
+        path = str(tmp_path / name)
+        expected = f"{path}: this is a device or a pipe; a checkpoint must be a file"
+        assert refusal(denoiser(), path) == refusal(denoiser(), path, LATENT_UNET) == expected
+        for read_it in (fingerprint, load_state_dict):
+            with pytest.raises(UserError, match="this is a device or a pipe"):
+                read_it(path)
+
+
+def compressed(path: Path) -> str:
+    """A file beside this one, as a program for archives would pack it."""
+    packed = path.with_name(f"packed-{path.name}")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.namelist():
+            new.writestr(record, old.read(record))
+    return str(packed)
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    """Mapped into memory, its numbers would be others: random ones only move by five bytes."""
+    shapes = shapes_of(denoiser())
+    torch.save({key: torch.rand(shape) for key, shape in shapes.items()}, tmp_path / "x.pt")
+    check_weights(denoiser(), str(tmp_path / "x.pt"))
+    path = compressed(tmp_path / "x.pt")
+    expected = (
+        f"{path}: its records are compressed; pack them anew without compression: unzip it, "
+        "then zip -0 -r"
+    )
+    assert refusal(denoiser(), path) == refusal(latent_unet(), path, LATENT_UNET) == expected
+    with pytest.raises(UserError, match="its records are compressed"):
+        load_state_dict(path)
+    (tmp_path / "packed-x.pt").rename(tmp_path / "inpainting_big.ckpt")
+    message = refusal(denoiser(), tmp_path / "inpainting_big.ckpt")
+    assert message.endswith(
+        "its records are compressed; delete it and fetch it: bash download.sh ldm"
+    )
+
+
+# ---- Names that a file gives ----
+
+ODD_NAME = "\x1b[2J\u202e" + "x" * 10**6
+
+
+def assert_shown(message: str, expected: str) -> None:
+    """Escaped, with at most 80 characters of the name."""
+    assert message.isprintable() and expected + "x" in message and len(message) < 600
+    assert "x" * 60 + "..." in message and "x" * 80 not in message
+
+
+def test_names_in_a_pixel_file_are_shown_short_and_escaped(tmp_path):
+    name = r"\x1b[2J\u202e"
+    for contents, expected in [
+        ({ODD_NAME: torch.zeros(1)}, f"1 unknown, first {name}"),
+        ({f"{ODD_NAME}.time_embed.0.weight": torch.zeros(1)}, f"its names begin with '{name}"),
+        ({ODD_NAME: {"a": torch.zeros(1)}}, f"there is one inside, under '{name}"),
+    ]:
+        torch.save(contents, tmp_path / "x.pt")
+        assert_shown(refusal(denoiser(), tmp_path / "x.pt"), expected)
+
+
+def test_names_in_a_latent_file_are_shown_short_and_escaped(tmp_path):
+    shapes, name = latent_shapes(average=False), r"\x1b[2J\u202e"
+    tensors = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    part = LATENT_UNET.prefix
+    for contents, expected in [
+        ({ODD_NAME: torch.zeros(1)}, f"the first is '{name}"),
+        ({**tensors, part + ODD_NAME: torch.zeros(1)}, f"1 unknown, first {name}"),
+        ({part + ODD_NAME: 0.5}, f": {part}{name}"),
+    ]:
+        torch.save(contents, tmp_path / "x.pt")
+        message = refusal(latent_unet(), tmp_path / "x.pt", LATENT_UNET)
+        assert message.isprintable() and expected + "x" in message
+        assert len(message) < 600 and "xx..." in message
+
+
+def test_what_an_error_says_of_a_file_is_shown_short_and_escaped(tmp_path, monkeypatch):
+    path = save_shapes(tmp_path / "x.pt", {})
+
+    def fail(*_, **__):
+        raise RuntimeError(ODD_NAME)
+
+    monkeypatch.setattr(torch, "load", fail)
+    message = refusal(denoiser(), path)
+    assert r"the file is damaged: \x1b[2J\u202exxx" in message and message.isprintable()
+    assert "xxx...; fetch it again" in message and len(message) < 800
+
+
+def test_a_shape_of_many_large_numbers_is_shown_short(tmp_path):
+    wanted = {"a": (1,), "b": (2,)}
+    message = difference_message(wanted, {"a": (2**62,) * 8, "b": (2,)}, explain_autoencoder)
+    assert (
+        "first a, [4611686018427387904, 46116" in message
+        and "... in the file and [1] by" in message
+    )
+
+
+def test_a_file_of_thousands_of_levels_is_put_in_words():
+    """Whose rates, 2**level, have too many digits to be written."""
+    found = {f"input_blocks.{i}.1.norm.weight": (1,) for i in range(16_000)}
+    found |= {f"output_blocks.{i}.1.conv.weight": (1,) for i in range(15_999)}
+    found |= {"time_embed.0.weight": (128, 32)}
+    for explain, wanted in [
+        (explain_latent_unet, shapes_of(latent_unet())),
+        (explain_pixel_network, shapes_of(denoiser())),
+    ]:
+        message = difference_message(wanted, found, explain)
+        assert "channel_mult: 0,0,0,0," in message and len(message) < 1500
+    found = {f"encoder.down.{i}.block.0.conv1.weight": (1,) for i in range(999)}
+    found |= {"encoder.conv_in.weight": (1,), "quantize.embedding.weight": (256, 3)}
+    message = difference_message(shapes_of(autoencoder()), found, explain_autoencoder)
+    assert "ch_mult: 1,1,1,1," in message and len(message) < 600
 
 
 # ---- Code in a file ----
@@ -478,7 +598,7 @@ VQ_TINY = AutoencoderConfig(ch=32, num_res_blocks=1, n_embed=256)
 
 def latent_unet(config: LatentUNetConfig = LATENT_TINY) -> UNet:
     with torch.device("meta"):
-        return UNet(latent_unet_params(config))
+        return UNet(latent_unet_params(LatentConfig(unet=config)))
 
 
 def autoencoder(config: AutoencoderConfig = VQ_TINY) -> Autoencoder:
@@ -595,6 +715,18 @@ def test_without_a_moving_average_the_plain_weights_load_and_one_warning_says_so
         "plain ones, whose pictures are worse"
     ]
     assert caught[0].category is UserWarning
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_only_the_first_warns(tmp_path, monkeypatch, rank):
+    path = save_latent(tmp_path / "x.ckpt", latent_shapes(average=False))
+    torchrun = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    for name, value in {**torchrun, "MASTER_ADDR": "localhost", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_weights(latent_unet(), path, LATENT_UNET)
+    assert [str(each.message)[: len(path)] for each in caught] == [path] * (rank == 0)
 
 
 def test_a_file_of_the_moving_average_alone_loads(tmp_path):
@@ -739,6 +871,25 @@ def test_a_part_that_is_no_such_network(tmp_path):
     assert "its autoencoder has no codebook" in message
 
 
+@pytest.mark.filterwarnings("ignore:.*no moving average")
+@pytest.mark.parametrize("kept", [1.0, 0.6, 0.4])
+def test_without_its_first_weight_a_network_is_incomplete_unless_most_is_missing(tmp_path, kept):
+    def without(shapes):
+        names = [name for name in shapes if "time_embed.0.weight" not in name]
+        return {name: shapes[name] for name in names[: int(kept * len(names))]}
+
+    shapes = {
+        f"{LATENT_UNET.prefix}{key}": shape
+        for key, shape in without(shapes_of(latent_unet())).items()
+    }
+    latent = save_latent(tmp_path / "latent.ckpt", shapes)
+    pixel = save_shapes(tmp_path / "pixel.pt", without(shapes_of(denoiser())))
+    for message in (refusal(latent_unet(), latent, LATENT_UNET), refusal(denoiser(), pixel)):
+        assert ("no key of the config explains it, so the file is in" in message) == (kept > 0.5)
+        assert ("it is no network of this family" in message) == (kept < 0.5)
+        assert (" 1 missing, first time_embed.0.weight)" in message) == (kept == 1)
+
+
 def test_an_autoencoder_of_which_there_is_only_the_codebook(tmp_path):
     shapes = {"first_stage_model.quantize.embedding.weight": (256, 3)}
     message = refusal(autoencoder(), save_latent(tmp_path / "x.ckpt", shapes), LATENT_AUTOENCODER)
@@ -770,10 +921,10 @@ def test_a_latent_checkpoint_for_a_pixel_one(tmp_path, average):
     save_latent(tmp_path / "hostile.ckpt", shapes)
     torch.save({"state_dict": tensors}, tmp_path / "tensors.ckpt")
     torch.save(tensors, tmp_path / "plain.ckpt")
-    for name in ("hostile.ckpt", "tensors.ckpt", "plain.ckpt"):
-        for network in (denoiser(), classifier()):
-            message = refusal(network, tmp_path / name)
-            assert "this is a latent diffusion checkpoint: set method: latent, or" in message
+    networks = {"hostile": classifier(), "tensors": denoiser(), "plain": denoiser()}
+    for name, network in networks.items():
+        message = refusal(network, tmp_path / f"{name}.ckpt")
+        assert "this is a latent diffusion checkpoint: set method: latent, or" in message
     assert not (tmp_path / "hostile.ran").exists()
 
 
@@ -781,7 +932,7 @@ def test_a_latent_checkpoint_for_a_pixel_one(tmp_path, average):
 NO_LATENT_FILES = {
     "empty": (b"", "the file is empty"),
     "text": (b"<!DOCTYPE html>", "this is no checkpoint, but a file of another kind"),
-    "pickle": (pickle.dumps({}), "this is a file of torch before 1.6: save it anew"),
+    "pickle": (pickle.dumps({}), "this is a file of torch before 1.6;"),
 }
 
 
@@ -806,12 +957,15 @@ def test_a_latent_file_that_is_missing_incomplete_packed_or_damaged(tmp_path):
     middle = data.index(b"first_stage_model")
     path.write_bytes(data[:middle] + b"\xff" * 50 + data[middle + 50 :])
     assert ": the file is damaged: " in refusal(autoencoder(), path, LATENT_AUTOENCODER)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("last.ckpt", data)
-    message = refusal(autoencoder(), path, LATENT_AUTOENCODER)
-    assert message.startswith(
-        f"{path}: this is a zip archive, but not one of torch's: it holds 'la"
+    own = path.rename(tmp_path / "mine.ckpt")
+    message = refusal(autoencoder(), own, LATENT_AUTOENCODER)
+    assert message.endswith(
+        "; fetch it again if you downloaded it, or save the whole model's state_dict()"
     )
+    with zipfile.ZipFile(own, "w") as archive:
+        archive.writestr("last.ckpt", data)
+    problem = "this is a zip archive, but not one of torch's: it holds 'last.ckpt'; unpack it"
+    assert refusal(autoencoder(), own, LATENT_AUTOENCODER) == f"{own}: {problem}"
 
 
 def test_a_hostile_file_of_no_known_kind_stays_refused(tmp_path):

@@ -27,9 +27,11 @@ from guided_diffusion.lightning import (
     ForeignError,
     Name,
     Unmade,
+    check_stored,
     follow,
     map_tensors,
     read_state_dict,
+    shown,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -138,8 +140,39 @@ def test_an_archive_that_another_program_packed_anew_loads(tmp_path, comment):
 def test_a_compressed_archive_is_refused(tmp_path):
     torch.save(TENSORS, tmp_path / "x.pt")
     repacked(tmp_path / "x.pt", tmp_path / "y.pt", zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match=r"record x/data/\d+ is damaged or compressed"):
-        read_state_dict(str(tmp_path / "y.pt"))
+    for read_it in (read_state_dict, check_stored):
+        with pytest.raises(ForeignError, match="its records are compressed") as caught:
+            read_it(str(tmp_path / "y.pt"))
+        assert caught.value.remedy.startswith("pack them anew without compression")
+
+
+@pytest.mark.parametrize("record", ["data.pkl", "byteorder", "data/0"])
+def test_one_compressed_record_is_refused_before_it_is_read(tmp_path, monkeypatch, record):
+    """A small file may unpack to more than there is memory for."""
+    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+        for name in ("data.pkl", "byteorder", "data/0"):
+            packing = zipfile.ZIP_DEFLATED if name == record else zipfile.ZIP_STORED
+            archive.writestr(f"x/{name}", b" " * 10**6, packing)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("it was read"))
+    for read_it in (read_state_dict, check_stored):
+        with pytest.raises(ForeignError, match="its records are compressed"):
+            read_it(str(tmp_path / "x"))
+
+
+def test_a_byte_order_that_is_none_is_shown_short_or_not_at_all(tmp_path):
+    path = archive_of(tmp_path / "x", {}, {"byteorder": b"\x1b[2Jmiddle"})
+    with pytest.raises(ForeignError, match=r"its numbers are \\x1b\[2Jmiddle-endian, this mach"):
+        read_state_dict(path)
+    path = archive_of(tmp_path / "x", {}, {"byteorder": b"little" + b" " * 11})
+    with pytest.raises(ValueError, match="record x/byteorder is damaged"):
+        read_state_dict(path)
+
+
+def test_what_a_file_says_is_shown_short_and_without_commands_to_a_terminal():
+    assert shown("input_blocks.0.ä'\\") == "input_blocks.0.ä'\\"
+    assert shown("\x1b[2J\n\x07\u202e\ud800") == r"\x1b[2J\n\x07\u202e\ud800"
+    assert shown("x" * 80) == "x" * 80 and shown("x" * 10**6) == "x" * 77 + "..."
+    assert shown("\0" * 21) == r"\x00" * 19 + r"\..." and shown("abcdef", 5) == "ab..."
 
 
 def archive_of(path: Path, contents: object, records: dict[str, bytes]) -> str:
@@ -202,9 +235,18 @@ def test_a_tensor_that_reaches_beyond_its_record(tmp_path, offset, shape, stride
         read_state_dict(path)
 
 
+def test_the_largest_numbers_that_a_shape_may_have(tmp_path):
+    shape, stride = (1,) * 7 + (2**63 - 1,), (2**63 - 1,) * 7 + (0,)
+    path = archive_of(tmp_path / "x", {"a": Rebuilt(Storage(), 5, shape, stride)}, {"data/0": SIX})
+    stored = read_state_dict(path)["a"]
+    assert (stored.shape, stored.stride, stored.nbytes) == (shape, stride, 4)
+
+
 @pytest.mark.parametrize(
     ("offset", "shape", "stride"),
     [(-1, (2,), (1,)), (0, (-2,), (1,)), (3, (2,), (-1,)), (0, (2, 2), (1,)), (0, [2], [1])]
+    + [(0, (10**6000,), (0,)), (0, (2**63,), (0,)), (0, (1,), (2**63,)), (2**63, (0,), (1,))]
+    + [(0, (1,) * 9, (1,) * 9)]
     + [(0.0, (2,), (1,)), (0, (2.0,), (1,)), (0, (True,), (1,)), (None, (2,), (1,)), (0, 2, 1)],
 )
 def test_numbers_that_are_no_shape_make_no_tensor(tmp_path, offset, shape, stride):
@@ -230,6 +272,7 @@ def test_a_record_that_is_missing(tmp_path):
         read_state_dict(path)
 
 
+@pytest.mark.parametrize("record", ["data.pkl", "data/0"])
 @pytest.mark.parametrize(
     ("entry", "offset", "damage"),
     [
@@ -237,14 +280,14 @@ def test_a_record_that_is_missing(tmp_path):
         (b"PK\1\2", 20, struct.pack("<II", 2**30, 2**30)),  # its size by the table of contents
     ],
 )
-def test_a_record_that_is_damaged(tmp_path, entry, offset, damage):
+def test_a_record_that_is_damaged(tmp_path, record, entry, offset, damage):
     tensor = Rebuilt(Storage(), 0, (2,), (1,))
     path = Path(archive_of(tmp_path / "x", {"a": tensor}, {"data/0": SIX}))
     data = bytearray(path.read_bytes())
-    place = data.rindex(entry) + offset
+    place = (data.index if record == "data.pkl" else data.rindex)(entry) + offset
     data[place : place + len(damage)] = damage
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="record x/data/0 is damaged"):
+    with pytest.raises(ValueError, match=f"record x/{record} is damaged"):
         read_state_dict(str(path))
 
 
@@ -262,14 +305,16 @@ def test_numbers_of_another_kind_of_machine_are_refused(tmp_path, order):
 def test_files_that_are_not_read_here(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("last.ckpt", b"x")
-    with pytest.raises(ForeignError, match="not one of torch's: it holds 'last.ckpt', unpack it"):
+    with pytest.raises(ForeignError, match="not one of torch's: it holds 'last.ckpt'$") as caught:
         read_state_dict(str(tmp_path / "other.zip"))
+    assert caught.value.remedy == "unpack it"
     zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
     with pytest.raises(ForeignError, match="not one of torch's: it is empty"):
         read_state_dict(str(tmp_path / "empty.zip"))
     torch.save(TENSORS, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ForeignError, match="file of torch before 1.6: save it anew"):
+    with pytest.raises(ForeignError, match="file of torch before 1.6$") as caught:
         read_state_dict(str(tmp_path / "old.pt"))
+    assert caught.value.remedy == "save it anew with a later one"
     with pytest.raises(FileNotFoundError):
         read_state_dict(str(tmp_path / "missing.ckpt"))
 
@@ -514,11 +559,11 @@ def test_hostile_objects_change_nothing(tmp_path, monkeypatch, protocol, place):
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("protocol", [2, 5])
-def test_the_python_interpreter_itself_sees_nothing_happen(tmp_path, protocol):
+def test_the_python_interpreter_itself_sees_nothing_happen(tmp_path):
     """Its audit hook tells of every import, call of a system function, and unpickling."""
     contents = {"state_dict": {"a": MATRIX, **hostile()}, "callbacks": {**hostile(), **HARMLESS}}
-    torch.save(contents, tmp_path / "x.ckpt", pickle_protocol=protocol)
+    for protocol in (2, 5):
+        torch.save(contents, tmp_path / f"{protocol}.ckpt", pickle_protocol=protocol)
     torch.save({"state_dict": {"a": MATRIX}}, tmp_path / "warm.ckpt")
     script = """
 import sys
@@ -529,9 +574,9 @@ def read(path):
 read("warm.ckpt")
 seen, modules = [], set(sys.modules)
 sys.addaudithook(lambda event, arguments: seen.append((event, arguments)))
-found = read("x.ckpt")
+found = [*read("2.ckpt"), *read("5.ckpt")]
 seen = [(event, arguments[0]) for event, arguments in seen]
-print(set(seen), list(found), set(sys.modules) - modules)
+print(sorted(set(seen)), found, set(sys.modules) - modules)
 """
     run = subprocess.run(
         [sys.executable, "-c", script],
@@ -541,7 +586,7 @@ print(set(seen), list(found), set(sys.modules) - modules)
         text=True,
         check=True,
     )
-    assert run.stdout.strip() == "{('open', 'x.ckpt')} ['a'] set()"
+    assert run.stdout.strip() == "[('open', '2.ckpt'), ('open', '5.ckpt')] ['a', 'a'] set()"
 
 
 def test_a_script_archive_of_torch_is_not_run_either(tmp_path):
