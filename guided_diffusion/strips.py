@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from guided_diffusion.nn import upsample
+
 STRIP = 2**16  # pixels
 ROOM = 3 * 2**28  # numbers, 3 GiB of fp32, for what `Strips.stored_if_room` keeps
 
@@ -43,7 +45,7 @@ class Whole:
 
     def doubled(self) -> "Whole":
         """Each pixel becomes a 2×2 square."""
-        return Whole(_doubled(self.tensor))
+        return Whole(upsample(self.tensor))
 
     def plus(self, other: "Whole") -> "Whole":
         return Whole(self.tensor + other.tensor)
@@ -115,7 +117,7 @@ class Strips:
 
         def rows(first: int, end: int) -> torch.Tensor:
             x = self.rows(first // 2, (end + 1) // 2)
-            return _doubled(x).narrow(2, first % 2, end - first)
+            return upsample(x).narrow(2, first % 2, end - first)
 
         return Strips(2 * self.height, 2 * self.width, rows, self.held)
 
@@ -201,7 +203,3 @@ def _room(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
         ctypes.CDLL(None).malloc_trim(0)
     kind = {"dtype": like.dtype, "device": like.device}
     return torch.empty(shape, **kind, memory_format=torch.channels_last)
-
-
-def _doubled(x: torch.Tensor) -> torch.Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -2,10 +2,11 @@
 
 | floor | modules |
 | --- | --- |
-| 0 | config, storage, nn, strips, gaussian_diffusion, winograd, lightning, memory, interrupts |
-| 1 | unet, autoencoder, respace, weights_report, pictures, scheduler, dist_util |
+| 0 | config, storage, nn, gaussian_diffusion, winograd, lightning, memory, interrupts |
+| 1 | unet, strips, respace, weights_report, pictures, scheduler, dist_util |
 | 1 | mask_kinds, mask_edits |
-| 2 | repaint, denoiser, checkpoint, progress, records, image_datasets, masks, regions, report |
+| 2 | autoencoder, repaint, denoiser, checkpoint, progress, records, image_datasets |
+| 2 | masks, regions, report |
 | 3 | inpainter, accel, examples, input_checks, animation, measuring, metrics/*, training/* |
 | 4 | latent, plan, preview, evaluation |
 | 5 | factory, worker, paper_table |
@@ -28,11 +29,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "guided_diffusion"
 FLOORS = (
-    ("config", "storage", "nn", "strips", "gaussian_diffusion", "winograd", "lightning")
+    ("config", "storage", "nn", "gaussian_diffusion", "winograd", "lightning")
     + ("memory", "interrupts"),
-    ("unet", "autoencoder", "respace", "weights_report", "pictures", "scheduler", "dist_util")
+    ("unet", "strips", "respace", "weights_report", "pictures", "scheduler", "dist_util")
     + ("mask_kinds", "mask_edits"),
-    ("repaint", "denoiser", "checkpoint", "progress", "records", "image_datasets")
+    ("autoencoder", "repaint", "denoiser", "checkpoint", "progress", "records")
+    + ("image_datasets",)
     + ("masks", "regions", "report"),
     ("inpainter", "accel", "examples", "input_checks", "animation", "measuring")
     + ("metrics.*", "training.*"),
