@@ -262,7 +262,8 @@ class UNet(TimedNetwork):
             skips.append(h)
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            h = torch.cat([h, skips.pop()], dim=1)  # and so, the old one is given up
+            h = block(h, emb)
         return self.out(h.to(x.dtype))
 
 

@@ -128,10 +128,10 @@ class WinogradConv2d(nn.Module):
         y = x.new_empty(len(x), -(-height // m), m, w, m, self.out_channels)  # whole tiles
         tiles = x.new_empty(rows, w, places, places, x.shape[3])
         for image, output in zip(x, y, strict=True):
-            columns = padded_columns(image, m)
             for row, out in zip(range(0, len(output), rows), output.split(rows), strict=True):
                 # Where fewer rows are left, old tiles follow: all products have the same size.
-                input_transform(columns[:, row * m : (row + len(out)) * m + 2], tiles[: len(out)])
+                columns = padded_columns(image, m, row * m, len(out) * m)
+                input_transform(columns, tiles[: len(out)])
                 products = self.products(tiles.view(1, rows * w, 1, -1).permute(0, 3, 1, 2))
                 products = products.permute(0, 2, 3, 1).view(rows, w, places, places, -1)
                 output_transform(products[: len(out)], out)
@@ -156,22 +156,24 @@ def transformed_weight(weight: torch.Tensor, m: int) -> torch.Tensor:
     return places.view(m + 2, m + 2, out_channels, in_channels)
 
 
-def padded_columns(image: torch.Tensor, m: int) -> torch.Tensor:
-    """The image with a border of zeros, its columns dealt out to m hands: tiles lie in a row then.
+def padded_columns(image: torch.Tensor, m: int, first: int, number: int) -> torch.Tensor:
+    """Rows of an image with a border of zeros, columns dealt out to m hands: tiles lie in a row.
 
-    (H, W, C) -> (m, H + 2, W / m + 1, C), with H and W rounded up to multiples of m; the last
-    column of hands 2 and 3 is undefined.
+    (H, W, C) -> (m, number + 2, W / m + 1, C), with W rounded up to a multiple of m: rows first − 1
+    up to first + number, zeros beyond the image; the last column of hands 2 and 3 is undefined.
     """
     height, width, channels = image.shape
-    tall, tiles = -(-height // m) * m, -(-width // m)
-    columns = image.new_empty(m, tall + 2, tiles + 1, channels)
-    columns[:, 0] = columns[:, height + 1 :] = 0
+    tiles = -(-width // m)
+    columns = image.new_empty(m, number + 2, tiles + 1, channels)
+    top, bottom = max(first - 1, 0), min(first + number + 1, height)
+    inside = slice(top - first + 1, bottom - first + 1)
+    columns[:, : inside.start] = columns[:, inside.stop :] = 0
     columns[0, :, 0] = columns[1, :, -1] = 0
     for k in range(m):  # column k of a tile is column k + 1 of the padded one
-        first, hand = (k + 1) // m, columns[(k + 1) % m]
-        given = image[:, k::m]
-        hand[1 : height + 1, first : first + given.shape[1]] = given
-        hand[:, first + given.shape[1] : first + tiles] = 0
+        start, hand = (k + 1) // m, columns[(k + 1) % m]
+        given = image[top:bottom, k::m]
+        hand[inside, start : start + given.shape[1]] = given
+        hand[:, start + given.shape[1] : start + tiles] = 0
     return columns
 
 
