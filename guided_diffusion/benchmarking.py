@@ -5,17 +5,15 @@ import json
 import os
 import signal
 import statistics
-import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,26 +23,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import factory
-from guided_diffusion.accel import FusedGroupNorm, Speed
-from guided_diffusion.checkpoint import load_state_dict
-from guided_diffusion.config import Config, UserError
-from guided_diffusion.denoiser import Network, network_denoiser
-from guided_diffusion.inpainter import Inpainter
+from guided_diffusion.accel import FusedGroupNorm, Speed, load_autoencoder
+from guided_diffusion.autoencoder import Autoencoder
+from guided_diffusion.checkpoint import LATENT_AUTOENCODER, LATENT_UNET, Part, load_weights
+from guided_diffusion.config import Config, UserError, load_config
+from guided_diffusion.denoiser import Network, ddim, network_denoiser
+from guided_diffusion.inpainter import PixelInpainter
 from guided_diffusion.measuring import (
     describe_machine,
     digits,
     example,
     note,
     page,
+    peak_memory,
+    picture_side,
     random_checkpoint,
     room_on_gpu,
 )
 from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.scheduler import count_evaluations, plain_times
+from guided_diffusion.strips import Whole
 from guided_diffusion.unet import AttentionBlock, UNet
 from guided_diffusion.winograd import PackedConv2d, WinogradConv2d
 
-# Evaluations come in pairs, a plain one and a fast one.
+# Evaluations come in pairs, a plain one and a fast one; with latent diffusion, so do an encoding
+# and a decoding of a picture after them.
 SECONDS_FOR_PAIRS = 90  # for as many as fit; a large network on two cores takes 5 to 20 s for one
 LEAST_PAIRS, MOST_PAIRS = 3, 50
 
@@ -57,7 +60,7 @@ STEPS_FOR_SAMPLER = 25
 
 @dataclass(frozen=True)
 class FirstEvaluation:
-    """What a fresh process saw, up to the end of its first evaluation."""
+    """What a fresh process saw, up to the picture that its first evaluation aims at."""
 
     seconds_until: float  # from the start of the process until the evaluation begins
     seconds: float  # of the evaluation; it compiles and captures, where that was asked for
@@ -73,6 +76,22 @@ class Ceiling:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Milliseconds of something, each time that it was done, and of the plain way."""
+
+    times: list[float]
+    plain_times: list[float]
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def plain_ms(self) -> float:
+        return statistics.median(self.plain_times)
+
+
+@dataclass(frozen=True)
 class Figures:
     """What was measured; an evaluation is of one batch."""
 
@@ -84,32 +103,36 @@ class Figures:
     weights: int
     operations: int  # of an evaluation, a multiply-add counted as two
     evaluations_per_image: int
-    times: list[float]  # milliseconds of each evaluation
-    plain_times: list[float]
+    evaluation: Pairs
+    coding: Mapping[str, Pairs]  # latent diffusion's "encode" and "decode" of one picture; or {}
     shares: dict[str, float]  # part of the network -> its share of the time; {}: not known
     sampler_ms: float  # what the sampler adds to an evaluation
     ceiling: Ceiling
     first: FirstEvaluation
 
     @property
-    def ms(self) -> float:
-        return statistics.median(self.times)
-
-    @property
-    def plain_ms(self) -> float:
-        return statistics.median(self.plain_times)
-
-    @property
     def ratio_to_plain(self) -> float:
-        return self.plain_ms / self.ms
+        return self.evaluation.plain_ms / self.evaluation.ms
 
     def tflops(self, ms: float) -> float:
         return self.operations / ms / 1e9
 
-    def images_per_hour(self, ms: float) -> float:
-        return self.batch * 3_600_000 / (ms * self.evaluations_per_image)
+    @property
+    def images_per_hour(self) -> float:
+        return self._images_per_hour(self.evaluation.ms, (c.ms for c in self.coding.values()))
+
+    @property
+    def plain_images_per_hour(self) -> float:
+        coding = (c.plain_ms for c in self.coding.values())
+        return self._images_per_hour(self.evaluation.plain_ms, coding)
+
+    def _images_per_hour(self, ms: float, coding_ms: Iterable[float]) -> float:
+        per_image = ms * self.evaluations_per_image / self.batch + sum(coding_ms)
+        return 3_600_000 / per_image
 
     def to_json(self) -> dict[str, Any]:
+        ms, plain_ms = self.evaluation.ms, self.evaluation.plain_ms
+        times, plain_times = self.evaluation.times, self.evaluation.plain_times
         return {
             "name": self.config.name,
             "machine": self.machine,
@@ -119,30 +142,37 @@ class Figures:
             "batch": self.batch,
             "evaluations_per_image": self.evaluations_per_image,
             "tflop_per_evaluation": self.operations / 1e12,
-            "runs": len(self.times),
-            "ms_per_evaluation": self.ms,
-            "ms_spread": [min(self.times), max(self.times)],
-            "plain_ms_per_evaluation": self.plain_ms,
-            "plain_ms_spread": [min(self.plain_times), max(self.plain_times)],
+            "runs": len(times),
+            "ms_per_evaluation": ms,
+            "ms_spread": [min(times), max(times)],
+            "plain_ms_per_evaluation": plain_ms,
+            "plain_ms_spread": [min(plain_times), max(plain_times)],
             "ratio_to_plain": self.ratio_to_plain,
             "shares_of_time": self.shares,
             "sampler_ms_per_evaluation": self.sampler_ms,
-            "images_per_hour": self.images_per_hour(self.ms),
-            "tflops": self.tflops(self.ms),
+            "images_per_hour": self.images_per_hour,
+            "tflops": self.tflops(ms),
             "ceiling_tflops": self.ceiling.tflops,
             "ceiling_operation": self.ceiling.operation,
-            "share_of_ceiling": self.tflops(self.ms) / self.ceiling.tflops,
+            "share_of_ceiling": self.tflops(ms) / self.ceiling.tflops,
             "peak_memory_bytes": self.first.peak_memory_bytes,
             "seconds_to_first_evaluation": self.first.seconds_until,
             "seconds_of_first_evaluation": self.first.seconds,
+            **self._coding_to_json(),
         }
+
+    def _coding_to_json(self) -> dict[str, Any]:
+        figures = {"image_size": picture_side(self.config)} if self.coding else {}
+        for name, pairs in self.coding.items():
+            figures |= {f"{name}_ms": pairs.ms, f"plain_{name}_ms": pairs.plain_ms}
+        return figures
 
     def describe(self) -> str:
         """A table for people."""
         return page(self._head(), self._rows(), self._foot())
 
     def _head(self) -> list[str]:
-        size = self.config.network.image_size
+        size = picture_side(self.config)
         return [
             f"{self.config.name}: network for {size}×{size} images, {self.weights / 1e6:.1f} M "
             f"weights, {digits(self.operations / 1e12)} TFLOP an evaluation of batch {self.batch}",
@@ -151,20 +181,25 @@ class Figures:
         ]
 
     def _rows(self) -> list[tuple[str, str, str]]:
-        both = (self.ms, self.times), (self.plain_ms, self.plain_times)
-        medians = [ms for ms, _ in both]
-        share = self.tflops(self.ms) / self.ceiling.tflops
+        both = self.evaluation.times, self.evaluation.plain_times
+        medians = self.evaluation.ms, self.evaluation.plain_ms
+        share = self.tflops(medians[0]) / self.ceiling.tflops
+        images = self.images_per_hour, self.plain_images_per_hour
         peak = self.first.peak_memory_bytes
         return [
             ("", "measured", "plain"),
             ("milliseconds an evaluation, median", *map(digits, medians)),
-            ("    fastest", *(digits(min(times)) for _, times in both)),
-            ("    slowest", *(digits(max(times)) for _, times in both)),
+            ("    fastest", *(digits(min(times)) for times in both)),
+            ("    slowest", *(digits(max(times)) for times in both)),
             *((f"    {part}", f"{share:.1%}", "") for part, share in self.shares.items()),
             ("    the sampler adds", digits(self.sampler_ms), ""),
+            *(
+                (f"milliseconds to {name} an image, median", digits(c.ms), digits(c.plain_ms))
+                for name, c in self.coding.items()
+            ),
             (
                 f"images per hour, at {self.evaluations_per_image:,} evaluations",
-                *(digits(self.images_per_hour(ms)) for ms in medians),
+                *map(digits, images),
             ),
             ("TFLOP/s", *(digits(self.tflops(ms)) for ms in medians)),
             (f"    ceiling in {self.speed.precision}", digits(self.ceiling.tflops), ""),
@@ -177,7 +212,7 @@ class Figures:
     def _foot(self) -> list[str]:
         notes = [
             "plain: eager, fp32, NCHW, attention by explicit softmax, in a process of its own, as "
-            f"the original runs. Both were evaluated {len(self.times)} times, in turns.",
+            f"the original runs. Both were evaluated {len(self.evaluation.times)} times, in turns.",
             "TFLOP: a multiply-add counts as two, and a convolution as its plain sum of products. "
             "Winograd's need fewer, so that the share of the ceiling may exceed 100 %.",
             f"ceiling: {self.ceiling.operation}, the best of this network's large convolutions "
@@ -185,6 +220,11 @@ class Figures:
             "memory and seconds: of a fresh process, from its start; its first evaluation took "
             f"{digits(self.first.seconds)} s.",
         ]
+        if self.coding:
+            notes.append(
+                "An evaluation is the U-Net's alone. The autoencoder's time counts in images per "
+                "hour, and its memory in peak memory."
+            )
         if self.config.classifier:
             notes.append("The classifier that guides this config's sampling is not counted.")
         return notes
@@ -193,22 +233,23 @@ class Figures:
 def measure(config: Config, settings: Sequence[str], batch: int) -> Figures:
     """Measure a config's denoising network, with random weights. Takes up to five minutes.
 
+    Of latent diffusion, the autoencoder is measured too, and `image_size` decides of what size.
     settings: the KEY=VALUE pairs that the config was loaded with. Notes of progress go to stderr.
     Raises UserError for what the machine cannot do, or has no room for.
     """
     device = factory.pick_device(config.device)
     speed = factory.choose_speed(replace(config, classifier=None), device)
     times = factory.build_times(config)
-    with torch.device("meta"):
-        network = UNet(factory.unet_params(config.network))
-    with random_checkpoint(network) as path, room_on_gpu(batch):
+    networks = networks_of(config)
+    network, *_ = networks.values()
+    with random_checkpoint(networks) as path, room_on_gpu(batch):
         note("starting a fresh process, for its memory and its first evaluation")
-        first = run_first_evaluation(config.source, settings, path, batch)
+        first = run_first_evaluation(config, settings, path, batch)
         note("looking for the ceiling")
         ceiling = measure_ceiling(network, batch, speed, device)
-        note("evaluating the network in turns with the plain one, for up to two minutes")
+        note("computing in turns with the plain way, for up to two minutes")
         here = replace(config, model_path=path)
-        series, shares = _measure_network(here, speed, device, batch)
+        pairs, shares = _measure_networks(here, speed, device, batch)
     return Figures(
         config=config,
         speed=speed,
@@ -218,8 +259,8 @@ def measure(config: Config, settings: Sequence[str], batch: int) -> Figures:
         weights=sum(weight.numel() for weight in network.parameters()),
         operations=count_operations(network, batch),
         evaluations_per_image=count_evaluations(times),
-        times=series[0],
-        plain_times=series[1],
+        evaluation=pairs.pop("evaluate"),
+        coding=pairs,
         shares=shares,
         sampler_ms=sampler_milliseconds(config, device, batch),
         ceiling=ceiling,
@@ -227,15 +268,25 @@ def measure(config: Config, settings: Sequence[str], batch: int) -> Figures:
     )
 
 
-# ---- Both networks ---------------------------------------------------------------------------
+def networks_of(config: Config) -> dict[Part | None, nn.Module]:
+    """The networks of a config on the meta device, the U-Net first; see `random_checkpoint`."""
+    with torch.device("meta"):
+        unet = UNet(factory.network_params(config))
+        if config.latent is None:
+            return {None: unet}
+        autoencoder = Autoencoder(factory.autoencoder_params(config.latent.autoencoder))
+    return {LATENT_UNET: unet, LATENT_AUTOENCODER: autoencoder}
+
+
+# ---- Both ways -------------------------------------------------------------------------------
+
+Functions = dict[str, Callable[[], torch.Tensor]]  # by name: "evaluate", perhaps "encode", "decode"
 
 
 def plain_network(config: Config, device: torch.device) -> Network:
     """The denoising network, computed as the original does: eager, fp32, NCHW, plain attention."""
-    with torch.device("meta"):
-        network = UNet(factory.unet_params(config.network))
-    network.to_empty(device="cpu").load_state_dict(load_state_dict(config.model_path))
-    network.to(device).eval().requires_grad_(False)
+    part, network = next(iter(networks_of(config).items()))
+    _load_plain(network, config.model_path, device, part)
 
     def evaluate(*inputs: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.MATH), _tf32(False, device):
@@ -244,29 +295,78 @@ def plain_network(config: Config, device: torch.device) -> Network:
     return evaluate
 
 
+def plain_coders(config: Config, device: torch.device) -> tuple[Network, Network]:
+    """The autoencoder's ways there and back, eager, in fp32 and NCHW, of whole pictures."""
+    autoencoder = networks_of(config)[LATENT_AUTOENCODER]
+    _load_plain(autoencoder, config.model_path, device, LATENT_AUTOENCODER)
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        with _tf32(False, device):
+            return autoencoder.quant_conv(autoencoder.encoder(Whole(x)).tensor)
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        with _tf32(False, device):
+            codes = autoencoder.post_quant_conv(autoencoder.quantize(z).contiguous())
+            return autoencoder.decoder(Whole(codes)).tensor
+
+    return encode, decode
+
+
+def _load_plain(network: nn.Module, path: str, device: torch.device, part: Part | None) -> None:
+    def place(name: str, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        for key, weight in weights.items():
+            setattr(module, key, nn.Parameter(weight.clone(), requires_grad=False))
+
+    load_weights(network, path, place, part).to(device).eval()
+
+
+def _fast_coders(config: Config, device: torch.device, speed: Speed) -> tuple[Network, Network]:
+    autoencoder = networks_of(config)[LATENT_AUTOENCODER]
+    side = autoencoder.factor * config.latent.unet.image_size
+    load_autoencoder(autoencoder, config.model_path, speed, device, side)
+    return autoencoder.encode, autoencoder.decode
+
+
+def _coding(config: Config, coders: tuple[Network, Network], device: torch.device) -> Functions:
+    """What an autoencoder does with one picture."""
+    encode, decode = coders
+    p = factory.autoencoder_params(config.latent.autoencoder)
+    side = config.latent.nominal_size // config.latent.factor
+    z = torch.randn(1, p.embed_dim, side, side, device=device)
+    x = torch.rand(1, p.in_channels, side * p.factor, side * p.factor, device=device) * 2 - 1
+    return {"encode": lambda: encode(x), "decode": lambda: decode(z)}
+
+
 @torch.no_grad()
-def _measure_network(
+def _measure_networks(
     config: Config, speed: Speed, device: torch.device, batch: int
-) -> tuple[list[list[float]], dict[str, float]]:
-    """Milliseconds of evaluations, and of as many plain ones; and see `time_shares`."""
+) -> tuple[dict[str, Pairs], dict[str, float]]:
+    """What each of the `Functions` takes; and see `time_shares`."""
     network = factory.build_network(config, device, speed)
-    x, *others = example(factory.unet_params(config.network), batch, device)
+    x, *others = example(factory.network_params(config), batch, device)
     inputs = [x.contiguous(memory_format=torch.channels_last), *others]
+    functions: Functions = {"evaluate": lambda: network(*inputs)}
+    if config.latent:
+        functions |= _coding(config, _fast_coders(config, device, speed), device)
     with _PlainProcess(config, device, batch) as plain:
+        fast = [partial(milliseconds, function, device) for function in functions.values()]
+        slow = [partial(plain.milliseconds, name) for name in functions]
         series = alternate(
-            [lambda: milliseconds(lambda: network(*inputs), device), plain.milliseconds], device
+            [timer for pair in zip(fast, slow, strict=True) for timer in pair], device
         )
+    pairs = map(Pairs, series[::2], series[1::2])
     opaque = speed.compile or device.type != "cpu"
-    return series, {} if opaque else time_shares(network, inputs)
+    shares = {} if opaque else time_shares(network, inputs)
+    return dict(zip(functions, pairs, strict=True)), shares
 
 
 class _PlainProcess:
-    """Evaluates the plain network in a process of its own, where nothing speeds up its memory."""
+    """Computes in the plain way in a process of its own, where nothing speeds up its memory."""
 
     def __init__(self, config: Config, device: torch.device, batch: int):
         with _environment("THP_MEM_ALLOC_ENABLE", "0"):  # see guided_diffusion/__init__.py
             self.pool = _fresh_process()
-            self.pool.submit(_prepare_plain, config, device, batch).result()
+            self._ask(_prepare_plain, config, device, batch)
 
     def __enter__(self) -> "_PlainProcess":
         return self
@@ -274,22 +374,34 @@ class _PlainProcess:
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown()
 
-    def milliseconds(self) -> float:
-        return self.pool.submit(_plain_milliseconds).result()
+    def milliseconds(self, name: str) -> float:
+        return self._ask(_plain_milliseconds, name)
+
+    def _ask(self, function: Callable[..., Any], *arguments: object) -> Any:
+        try:
+            return self.pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "the process that computes in the plain way was ended by the system, most likely "
+                "for lack of memory; lower --batch or, with method: latent, image_size"
+            ) from error
 
 
-_plain: list[Any] = []  # in that process: what it evaluates, and where
+_plain: dict[str, Callable[[], float]] = {}  # in that process: what measures each function
 
 
 def _prepare_plain(config: Config, device: torch.device, batch: int) -> None:
-    inputs = example(factory.unet_params(config.network), batch, device)
+    inputs = example(factory.network_params(config), batch, device)
     network = plain_network(config, device)
-    _plain[:] = [lambda: network(*inputs), device]
+    functions: Functions = {"evaluate": lambda: network(*inputs)}
+    if config.latent:
+        functions |= _coding(config, plain_coders(config, device), device)
+    _plain.update({name: partial(milliseconds, f, device) for name, f in functions.items()})
 
 
 @torch.no_grad()
-def _plain_milliseconds() -> float:
-    return milliseconds(*_plain)
+def _plain_milliseconds(name: str) -> float:
+    return _plain[name]()
 
 
 @contextlib.contextmanager
@@ -373,12 +485,17 @@ def time_shares(network: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[str,
 def sampler_milliseconds(config: Config, device: torch.device, batch: int) -> float:
     """What the sampler adds to an evaluation: its time with a network that computes nothing."""
     process = factory.build_process(config, device)
-    p = factory.unet_params(config.network)
+    p = factory.network_params(config)
     output = torch.zeros(batch, p.out_channels, p.image_size, p.image_size, device=device)
     denoiser = network_denoiser(lambda x, t: output, process)
+    if config.latent:
+        denoiser = ddim(denoiser, process, config.ddim_eta)
     times = plain_times(min(STEPS_FOR_SAMPLER, process.diffusion.num_timesteps))
-    inpainter = Inpainter(denoiser, process.diffusion, times, p.image_size)
-    image = torch.zeros(batch, 3, p.image_size, p.image_size)
+    merges, channels = (False, p.out_channels) if config.latent else (True, 3)
+    inpainter = PixelInpainter(
+        denoiser, process.diffusion, times, p.image_size, inject_known=merges
+    )
+    image = torch.zeros(batch, channels, p.image_size, p.image_size)
     sampling = partial(inpainter.sample, image, image, range(batch))
     milliseconds(sampling, device)
     return milliseconds(sampling, device) / (len(times) - 1)
@@ -536,15 +653,16 @@ def _tf32(allowed: bool, device: torch.device) -> Iterator[None]:
 
 
 def run_first_evaluation(
-    conf_path: str, settings: Sequence[str], model_path: str, batch: int
+    config: Config, settings: Sequence[str], model_path: str, batch: int
 ) -> FirstEvaluation:
     """Start a process that loads an inpainter and evaluates its network once."""
     # A JSON string is a YAML string too, whatever is in the path.
-    settings = [*settings, f"model_path={json.dumps(model_path)}", "classifier_scale=0"]
+    settings = [*settings, f"model_path={json.dumps(model_path)}"]
+    settings += ["classifier_scale=0"] if config.classifier else []
     with _fresh_process() as pool:
         started = time.time()
         try:
-            return pool.submit(first_evaluation, conf_path, settings, batch, started).result()
+            return pool.submit(first_evaluation, config.source, settings, batch, started).result()
         except BrokenProcessPool as error:
             raise UserError(
                 "the process that tries one evaluation was ended by the system, most likely for "
@@ -565,38 +683,31 @@ class _Done(Exception):
 def first_evaluation(
     conf_path: str, settings: Sequence[str], batch: int, started: float
 ) -> FirstEvaluation:
-    """Inpaint a black image up to the first evaluation. started: `time.time()`, of the process."""
+    """Inpaint a black image up to the first evaluation, and show the picture that it aims at.
+
+    started: `time.time()`, of the process.
+    """
     warnings.simplefilter("ignore")  # the parent has given the same warnings
+    config = load_config(conf_path, settings, require_data=False)
     inpainter = factory.load_inpainter(conf_path, overrides=settings)
+    what = "network" if config.latent else "denoiser"
+    evaluate = getattr(inpainter, what)
     begun = ended = 0.0
 
-    def denoise(*arguments: Any) -> Any:
+    def watched(*arguments: Any) -> Any:
         nonlocal begun
         begun = time.time()
-        return inpainter.denoiser(*arguments)
+        return evaluate(*arguments)
 
     def stop(done: int, total: int, x0: torch.Tensor) -> None:
         nonlocal ended
         x0.flatten()[0].item()  # until it is asked for, a GPU is still at work
         ended = time.time()
+        inpainter.as_pictures(x0, image.shape[2:])  # of latents, that takes memory too
         raise _Done
 
-    size = inpainter.image_size
-    image = torch.full((batch, 3, size, size), -1.0)
+    side = picture_side(config)
+    image = torch.full((batch, 3, side, side), -1.0)
     with contextlib.suppress(_Done):
-        replace(inpainter, denoiser=denoise)(image, torch.zeros_like(image), progress=stop)
-    return FirstEvaluation(begun - started, ended - begun, _peak_memory(inpainter.diffusion.device))
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Bytes that this process has held at most: on a GPU of CUDA those there, else in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # where ru_maxrss counts what the parent held, see `man getrusage`
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    if sys.platform == "darwin":
-        import resource  # not on Windows
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return None
+        replace(inpainter, **{what: watched})(image, torch.zeros_like(image), progress=stop)
+    return FirstEvaluation(begun - started, ended - begun, peak_memory(inpainter.diffusion.device))

@@ -8,25 +8,35 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from guided_diffusion.config import UserError
-from guided_diffusion.unet import UNet, UNetParams
+from guided_diffusion.checkpoint import Part
+from guided_diffusion.config import Config, UserError
+from guided_diffusion.unet import UNetParams
 
 WIDTH = 88  # of the notes below a table, in characters
 
 
 @contextlib.contextmanager
-def random_checkpoint(network: UNet) -> Iterator[str]:
-    """The path of a checkpoint of random weights, which is there as long as the context lasts."""
+def random_checkpoint(networks: Mapping[Part | None, nn.Module]) -> Iterator[str]:
+    """The path of a checkpoint of random weights, which is there as long as the context lasts.
+
+    networks: by what they are of a latent diffusion checkpoint; None: the file's only one.
+    """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         path = os.path.join(folder, "random.pt")
-        gigabytes = sum(weight.nbytes for weight in network.parameters()) / 1e9
+        sizes = (weight.nbytes for each in networks.values() for weight in each.parameters())
+        gigabytes = sum(sizes) / 1e9
         note(f"writing {digits(gigabytes)} GB of random weights to {folder}")
-        weights = random_weights(network)
+        weights = {
+            part.stored_name(key) if part else key: weight
+            for part, network in networks.items()
+            for key, weight in random_weights(network).items()
+        }
         try:
             torch.save(weights, path)
         except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
@@ -38,7 +48,7 @@ def random_checkpoint(network: UNet) -> Iterator[str]:
         yield path
 
 
-def random_weights(network: UNet) -> dict[str, torch.Tensor]:
+def random_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict that keeps activations near unit variance, with nothing left at zero."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
@@ -61,6 +71,13 @@ def example(p: UNetParams, batch: int, device: torch.device | str) -> list[torch
     return [noise, times, torch.zeros(batch, dtype=torch.long, device=device)]
 
 
+def picture_side(config: Config) -> int:
+    """The side of the pictures that a config is measured with: of the size that it was made for."""
+    if config.latent is None:
+        return config.network.image_size
+    return config.image_size or config.latent.nominal_size
+
+
 @contextlib.contextmanager
 def room_on_gpu(batch: int) -> Iterator[None]:
     """Turn a GPU's lack of memory for batches of this size into a UserError."""
@@ -70,6 +87,23 @@ def room_on_gpu(batch: int) -> Iterator[None]:
         raise UserError(
             f"the GPU has not enough memory for --batch {batch}; lower it, or --set device=cpu"
         ) from error
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has held at most: on a GPU of CUDA those there, else in memory.
+
+    None: this system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # where ru_maxrss counts what the parent held, see `man getrusage`
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    if sys.platform == "darwin":
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
 
 
 # ---- Words -----------------------------------------------------------------------------------

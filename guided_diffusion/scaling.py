@@ -21,6 +21,7 @@ import torch
 
 from guided_diffusion import factory
 from guided_diffusion.accel import Speed
+from guided_diffusion.checkpoint import LATENT_UNET
 from guided_diffusion.config import Config, UserError, load_config
 from guided_diffusion.dist_util import Team, World, join, read_world
 from guided_diffusion.measuring import (
@@ -29,6 +30,7 @@ from guided_diffusion.measuring import (
     example,
     note,
     page,
+    picture_side,
     random_checkpoint,
     room_on_gpu,
 )
@@ -107,7 +109,7 @@ class Scaling:
         return page(self._head(), self._rows(), self._foot())
 
     def _head(self) -> list[str]:
-        size = self.config.network.image_size
+        size = picture_side(self.config)
         return [
             f"{self.config.name}: network for {size}×{size} images, batch {self.batch}",
             f"machine: {self.machine}; device {self.device.type}",
@@ -165,11 +167,12 @@ def measure(config: Config, settings: Sequence[str], batch: int) -> Scaling:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device: found {device}; accepted with --scaling: cpu or cuda")
     speed = factory.choose_speed(replace(config, classifier=None), device)
+    part = LATENT_UNET if config.latent else None
     with torch.device("meta"):
-        network = UNet(factory.unet_params(config.network))
+        network = UNet(factory.network_params(config))
     cores = usable_cores()
     most = torch.cuda.device_count() if device.type == "cuda" else cores
-    with random_checkpoint(network) as path:
+    with random_checkpoint({part: network}) as path:
         conf_path = os.path.abspath(config.source)
         task = Task(conf_path, list(settings), path, device.type, batch, SECONDS)
         rates = measure_in_turns(task, process_counts(most), cores)
@@ -321,7 +324,7 @@ def own_device(kind: str, world: World) -> torch.device:
 def prepare(config: Config, batch: int, device: torch.device) -> Callable[[], None]:
     """A function that evaluates a config's denoising network once, to the end."""
     network = factory.build_network(config, device, factory.choose_speed(config, device))
-    x, *others = example(factory.unet_params(config.network), batch, device)
+    x, *others = example(factory.network_params(config), batch, device)
     inputs = [x.contiguous(memory_format=torch.channels_last), *others]
 
     def evaluate() -> None:

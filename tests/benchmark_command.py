@@ -1,7 +1,8 @@
-"""`python benchmark.py` on a tiny config, in this process."""
+"""`python benchmark.py` on tiny configs, in this process."""
 
 import contextlib
 import io
+import json
 import runpy
 import signal
 import sys
@@ -31,6 +32,14 @@ TINY = {
     "schedule_jump_params": {"t_T": 3, "n_sample": 1, "jump_length": 1, "jump_n_sample": 2},
     "device": "cpu",
 }
+SHAPES = ROOT / "tests" / "golden" / "ldm" / "tiny_config.json"
+LATENT = {  # its pictures are 64×64, its latents 16×16
+    "method": "latent",
+    "model_path": "nowhere/none.ckpt",
+    "latent": json.loads(SHAPES.read_text("utf-8")),
+    "ddim_steps": 4,
+    "device": "cpu",
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,9 @@ class Result:
 
 
 def write(folder: Path, **keys: object) -> str:
+    """The path of a tiny config; with method="latent" it is LATENT, else TINY."""
     path = folder / "tiny.yml"
-    path.write_text(yaml.safe_dump(TINY | keys))
+    path.write_text(yaml.safe_dump((LATENT if "method" in keys else TINY) | keys))
     return str(path)
 
 

@@ -3,20 +3,25 @@
 import json
 import tempfile
 import time
+import warnings
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import MagicMock, patch
 
+import latent_memory
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark_command import Result, command, load, write
+from benchmark_command import LATENT, SHAPES, Result, command, load, write
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import benchmarking, factory, measuring
 from guided_diffusion.accel import Speed
-from guided_diffusion.benchmarking import Ceiling, Convolution, Figures, FirstEvaluation
+from guided_diffusion.autoencoder import Autoencoder
+from guided_diffusion.benchmarking import Ceiling, Convolution, Figures, FirstEvaluation, Pairs
+from guided_diffusion.checkpoint import LATENT_UNET
 from guided_diffusion.config import Config, UserError, load_config
 from guided_diffusion.unet import UNet
 
@@ -116,7 +121,7 @@ def test_nothing_is_left_behind(finished):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
 def test_nothing_is_left_behind_by_a_run_that_ends_early(tmp_path, temporary, error):
-    def fail(conf_path, settings, model_path, batch):
+    def fail(config, settings, model_path, batch):
         assert Path(model_path).is_relative_to(temporary) and Path(model_path).is_file()
         raise error
 
@@ -182,14 +187,14 @@ def test_a_full_disk(tmp_path, temporary):
     assert list(temporary.iterdir()) == []
 
 
-def test_a_process_that_the_system_ends():
+def test_a_process_that_the_system_ends(tmp_path):
     pool = MagicMock()
     pool().__enter__().submit().result.side_effect = BrokenProcessPool
     with (
         patch.object(benchmarking, "ProcessPoolExecutor", pool),
         pytest.raises(UserError, match="lack of memory"),
     ):
-        benchmarking.run_first_evaluation("tiny.yml", [], "random.pt", 1)
+        benchmarking.run_first_evaluation(load(tmp_path), [], "random.pt", 1)
 
 
 def test_too_little_memory_on_a_gpu(tmp_path, temporary):
@@ -201,14 +206,19 @@ def test_too_little_memory_on_a_gpu(tmp_path, temporary):
         benchmarking.measure(load(tmp_path), [], 3)
 
 
-def test_the_first_evaluation_of_a_guided_config_needs_no_classifier(tmp_path):
-    keys = {"image_size": 64, "attention_resolutions": "32"}
-    config = load(tmp_path, classifier_scale=1.0, classifier_path="nowhere/c.pt", **keys)
-    assert config.classifier
+GUIDED = {
+    **{"image_size": 64, "attention_resolutions": "32"},
+    **{"classifier_scale": 1.0, "classifier_path": "nowhere/c.pt"},
+}
+
+
+@pytest.mark.parametrize("keys", [GUIDED, {"method": "latent"}], ids=["guided", "latent"])
+def test_the_first_evaluation_needs_no_classifier(tmp_path, keys):
+    config = load(tmp_path, **keys)
     pool = MagicMock()
     with patch.object(benchmarking, "ProcessPoolExecutor", pool):
         path = tmp_path / "a folder: with 'quotes' & \"more\" #.pt"
-        benchmarking.run_first_evaluation(config.source, ["seed=5"], str(path), 1)
+        benchmarking.run_first_evaluation(config, ["seed=5"], str(path), 1)
     function, _, settings, *_ = pool().__enter__().submit.call_args.args
     assert function is benchmarking.first_evaluation
     child = load_config(config.source, settings, require_data=False)
@@ -364,8 +374,8 @@ def test_each_network_is_measured_on_its_own_layout(tmp_path, temporary):
         patch.object(benchmarking, "milliseconds", lambda function, device: function()),
     ):
         figures = benchmarking.measure(load(tmp_path, **keys), [], 3)
-    assert figures.times == [1.0] * benchmarking.MOST_PAIRS
-    assert figures.plain_times == [2.0] * benchmarking.MOST_PAIRS
+    pairs = [1.0] * benchmarking.MOST_PAIRS, [2.0] * benchmarking.MOST_PAIRS
+    assert (figures.evaluation, figures.coding) == (Pairs(*pairs), {})
     assert figures.ratio_to_plain == 2
 
 
@@ -430,8 +440,8 @@ def figures(config: Config, **changes: object) -> Figures:
         weights=12_340_000,
         operations=5 * 10**11,
         evaluations_per_image=2410,
-        times=[250.0, 240.0, 1500.0],
-        plain_times=[1000.0, 1300.0, 990.0],
+        evaluation=Pairs([250.0, 240.0, 1500.0], [1000.0, 1300.0, 990.0]),
+        coding={},
         shares={"attention": 0.25, "the rest": 0.75},
         sampler_ms=1.5,
         ceiling=Ceiling(2.5, "an operation"),
@@ -473,3 +483,199 @@ def test_the_table_where_memory_is_unknown_and_sampling_is_guided(tmp_path):
     assert row(table, "peak memory, GB") == ["unknown"]
     assert "The classifier that guides this config's sampling is not counted." in table
     assert "classifier" not in figures(load(tmp_path)).describe()
+
+
+# ---- Latent diffusion ----
+
+
+def with_all_weights(config: Config, folder: Path) -> Config:
+    """As `with_weights`, of both networks of a latent config."""
+    path = folder / "random.ckpt"
+    with measuring.random_checkpoint(benchmarking.networks_of(config)) as written:
+        path.write_bytes(Path(written).read_bytes())
+    return replace(config, model_path=str(path))
+
+
+def first_evaluation_here(
+    config: Config, settings: list[str], model_path: str, batch: int
+) -> FirstEvaluation:
+    """In place of `run_first_evaluation`, in this process."""
+    settings = [*settings, f"model_path={model_path}"]
+    return benchmarking.first_evaluation(config.source, settings, batch, time.time())
+
+
+@pytest.fixture
+def measured_here():
+    """All is measured in this process, and briefly."""
+    with (
+        patch.object(benchmarking, "run_first_evaluation", first_evaluation_here),
+        patch.object(benchmarking, "_PlainProcess", PlainHere),
+        patch.object(benchmarking, "MOST_PAIRS", 3),
+        patch.object(benchmarking, "CEILING_RUNS", 1),
+    ):
+        yield
+
+
+def test_a_run_with_latent_diffusion(tmp_path, temporary, measured_here):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the checkpoint has a moving average, as it should
+        result = command(
+            *("--conf_path", write(tmp_path, method="latent"), "--batch", "2", "--json")
+        )
+    f = json.loads(result.out)
+    assert (f["evaluations_per_image"], f["image_size"], f["runs"]) == (4, 64, 3)
+    for prefix in ("", "plain_"):
+        assert f[f"{prefix}encode_ms"] > 0 and f[f"{prefix}decode_ms"] > 0
+    seconds = (4 * f["ms_per_evaluation"] / 2 + f["encode_ms"] + f["decode_ms"]) / 1000
+    assert f["images_per_hour"] == pytest.approx(3600 / seconds)
+    assert f["ratio_to_plain"] == pytest.approx(
+        f["plain_ms_per_evaluation"] / f["ms_per_evaluation"]
+    )
+    assert 0 < f["seconds_of_first_evaluation"] < 60 and f["sampler_ms_per_evaluation"] > 0
+    assert list(temporary.glob("benchmark-*")) == []
+
+
+def test_the_pixel_table_says_nothing_of_latents(tmp_path):
+    known = figures(load(tmp_path))
+    assert "encode" not in known.describe() and "autoencoder" not in known.describe()
+    assert not any("code" in key or key == "image_size" for key in known.to_json())
+
+
+def test_the_table_with_latent_diffusion(tmp_path):
+    coding = {
+        "encode": Pairs([100.0, 90.0, 200.0], [400.0, 300.0, 500.0]),
+        "decode": Pairs([300.0] * 3, [1200.0] * 3),
+    }
+    config = load(tmp_path, method="latent")
+    known = figures(config, coding=coding, evaluations_per_image=4)
+    table = known.describe()
+    assert "network for 64×64 images, 12.3 M weights" in table
+    assert row(table, "milliseconds to encode an image, median") == ["100", "400"]
+    assert row(table, "milliseconds to decode an image, median") == ["300", "1,200"]
+    # 4 × 250 / 2 + 100 + 300 = 900 milliseconds; 4 × 1000 / 2 + 400 + 1200 = 3600
+    assert row(table, "images per hour, at 4 evaluations") == ["4,000", "1,000"]
+    assert "The autoencoder's time counts in images per" in table
+    json_figures = known.to_json()
+    assert [json_figures[f"{name}_ms"] for name in coding] == [100, 300]
+    assert [json_figures[f"plain_{name}_ms"] for name in coding] == [400, 1200]
+
+
+@pytest.mark.parametrize(
+    ("image_size", "side", "latent_side"), [(None, 64, 16), (64, 64, 16), (100, 100, 28), (1, 1, 4)]
+)
+def test_latents_are_those_of_the_pictures(tmp_path, image_size, side, latent_side):
+    config = load(tmp_path, method="latent", image_size=image_size)
+    assert f"network for {side}×{side} images" in figures(config).describe()
+    network = benchmarking.networks_of(config)[LATENT_UNET]
+    x, _ = measuring.example(network.params, 2, CPU)
+    assert x.shape == (2, 7, latent_side, latent_side)
+    # Attention stays at the same levels.
+    assert network.params.attends(4) and network.params.attends(2) and not network.params.attends(1)
+    (convolution, *_) = benchmarking.largest_convolutions(network, 1)
+    assert convolution.side in (latent_side, latent_side // 2, latent_side // 4)
+
+
+def test_a_pixel_network_is_of_its_own_size(tmp_path):
+    config = load(tmp_path)
+    assert measuring.picture_side(config) == 16
+
+
+def test_names_and_shapes_of_random_weights_are_those_of_the_published_file(tmp_path):
+    config = with_all_weights(load(tmp_path, method="latent"), tmp_path)
+    manifest = json.loads((SHAPES.parent / "state_dict_manifests.json").read_text("utf-8"))["tiny"]
+    averages = ("model_ema.diffusion_model", "first_stage_model.")
+    expected = {key: shape for key, shape in manifest.items() if key.startswith(averages)}
+    weights = torch.load(config.model_path)
+    assert {key: list(weight.shape) for key, weight in weights.items()} == expected
+    assert len(expected) > 200
+
+
+@torch.no_grad()
+def test_the_plain_ways_of_latent_diffusion_give_what_the_fast_ones_give(tmp_path):
+    config = with_all_weights(load(tmp_path, method="latent"), tmp_path)
+    network = benchmarking.networks_of(config)[LATENT_UNET]
+    inputs = measuring.example(network.params, 1, CPU)
+    plain = benchmarking.plain_network(config, CPU)(*inputs)
+    fast = factory.build_network(config, CPU, Speed())(*inputs)
+    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+    coders = (
+        benchmarking.plain_coders(config, CPU),
+        benchmarking._fast_coders(config, CPU, Speed()),
+    )
+    torch.manual_seed(0)
+    x, z = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 3, 16, 16)
+    for plain, fast, argument in zip(*coders, (x, z), strict=True):
+        torch.testing.assert_close(fast(argument), plain(argument), atol=1e-4, rtol=1e-4)
+
+
+def test_the_plain_autoencoder_is_fp32_nchw(tmp_path):
+    config = with_all_weights(load(tmp_path, method="latent", precision="bf16"), tmp_path)
+    seen = []
+
+    def convolution(x, weight, *arguments):
+        seen.append(x.is_contiguous() and weight.is_contiguous() and x.dtype == torch.float32)
+        return conv2d(x, weight, *arguments)
+
+    conv2d = F.conv2d
+    functions = benchmarking._coding(config, benchmarking.plain_coders(config, CPU), CPU)
+    assert list(functions) == ["encode", "decode"]
+    with patch.object(F, "conv2d", convolution):
+        latent, picture = (function() for function in functions.values())
+    assert (latent.shape, picture.shape) == ((1, 3, 16, 16), (1, 3, 64, 64))
+    assert len(seen) == 40 and all(seen)  # convolutions, of both ways
+
+
+def test_the_first_evaluation_of_latent_diffusion(tmp_path):
+    """The autoencoder is used as in a run, but its decoding is not the evaluation's time."""
+    config = with_all_weights(load(tmp_path, method="latent"), tmp_path)
+    calls, now, encode, decode = [], [1000.0], Autoencoder.encode, Autoencoder.decode
+
+    def watched_encode(network: Autoencoder, x: torch.Tensor) -> torch.Tensor:
+        calls.append(("encode", tuple(x.shape)))
+        now[0] += 5
+        return encode(network, x)
+
+    def watched_decode(network: Autoencoder, z: torch.Tensor) -> torch.Tensor:
+        calls.append(("decode", tuple(z.shape)))
+        now[0] += 100
+        return decode(network, z)
+
+    with (
+        patch.object(Autoencoder, "encode", watched_encode),
+        patch.object(Autoencoder, "decode", watched_decode),
+        patch.object(benchmarking.time, "time", lambda: now[0]),
+    ):
+        first = first_evaluation_here(config, [], config.model_path, 2)
+    assert calls == [("encode", (2, 3, 64, 64)), ("decode", (2, 3, 16, 16))]
+    assert (first.seconds_until, first.seconds) == (5, 0)
+
+
+def test_a_plain_process_that_the_system_ends(tmp_path):
+    pool = MagicMock()
+    with patch.object(benchmarking, "ProcessPoolExecutor", pool):
+        process = benchmarking._PlainProcess(load(tmp_path), CPU, 1)
+        pool().submit().result.side_effect = BrokenProcessPool
+        with pytest.raises(UserError, match="plain way .* lack of memory"):
+            process.milliseconds("evaluate")
+
+
+# ---- Memory for large pictures ----
+
+
+def test_what_a_whole_run_takes(tmp_path):
+    """`latent_memory` looks at a run of test.py that makes its picture."""
+    keys = {"latent": LATENT["latent"], "ddim_steps": 2}
+    latent_memory.write_config(tmp_path / "config.yml", keys)
+    latent_memory.draw(tmp_path, 80)
+    config = load_config(str(tmp_path / "config.yml"), require_data=False)
+    config = with_all_weights(config, tmp_path)
+    seconds, peak = latent_memory.inpaint(config.source, [f"model_path={config.model_path}"])
+    calls = {name: len(times) for name, times in seconds.items()}
+    assert calls == {"encode": 1, "evaluation": 2, "decode": 1}
+    assert all(time > 0 for times in seconds.values() for time in times) and peak > 50e6
+    image, result = (
+        Image.open(tmp_path / path) for path in ("image.png", "out/inpainted/image.png")
+    )
+    assert result.size == (80, 80)
+    different = [one != other for one, other in zip(image.getdata(), result.getdata(), strict=True)]
+    assert 0.9 < sum(different) / 40**2 <= 1  # all of the hidden quarter, but for accidents

@@ -175,6 +175,19 @@ def test_what_is_asked_for_is_measured(tmp_path, monkeypatch, device, counts):
     assert "The classifier that guides this config's sampling is not counted." in result.out
 
 
+def test_of_a_latent_config_the_denoiser_is_measured(tmp_path):
+    def measure_in_turns(task: Task, asked: list[int], cores: int) -> dict[int, list[float]]:
+        config = replace(load(tmp_path, **keys), model_path=task.model_path)
+        scaling.prepare(config, 2, CPU)()
+        return RATES
+
+    keys = {"method": "latent", "image_size": 32}
+    with patch.object(scaling, "measure_in_turns", measure_in_turns):
+        result = command("--conf_path", write(tmp_path, **keys), "--scaling")
+    assert (result.status, "warning" in result.err) == (0, False)
+    assert "tiny: network for 32×32 images, batch 1" in result.out
+
+
 # ---- torchrun ----
 
 
@@ -323,6 +336,18 @@ def test_the_network_evaluated_is_that_of_the_config(tmp_path):
     evaluate()
     evaluate()
     assert len(seen) == 2
+
+
+def test_the_latents_evaluated_are_those_of_the_pictures(tmp_path):
+    seen = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> None:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        seen.append((tuple(x.shape), len(t)))
+
+    with patch.object(factory, "build_network", lambda *_: network):
+        scaling.prepare(load(tmp_path, method="latent", image_size=100), 3, CPU)()
+    assert seen == [((3, 7, 28, 28), 3)]
 
 
 @pytest.mark.parametrize(
