@@ -188,8 +188,9 @@ def build_network(config: Config, device: torch.device, speed: Speed) -> Network
     """The denoising network alone, weights loaded: (x_t, t[, y]) -> output. Raises UserError."""
     with torch.device("meta"):
         network = UNet(network_params(config))
-    part = config.latent and LATENT_UNET
-    return load_network(network, config.model_path, speed, device, part=part)
+    if config.latent:
+        return load_network(network, config.model_path, speed, device, part=LATENT_UNET)
+    return load_network(network, config.model_path, speed, device)
 
 
 def build_process(config: Config | TrainingConfig, device: torch.device | str = "cpu") -> Process:

@@ -588,8 +588,7 @@ def test_a_checkpoint_hands_each_module_its_own_weights_once(tmp_path, monkeypat
 def test_the_sides_of_what_convolutions_work_on(name, tmp_path):
     params = golden_params(name, tmp_path)
     network, sides = filled_network(params), {}
-    blocks = [module for block in network.blocks() for module in block.modules()]
-    for module in blocks:
+    for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda m, inputs, _: sides.update({m: inputs[0].shape[2]}))
     network(*random_call(params, batch=1))
@@ -1000,7 +999,7 @@ def test_a_graph_is_captured_on_the_gpu_that_the_network_is_on(tmp_path, monkeyp
 
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(accel, "load_weights", lambda *arguments: (_ for _ in ()).throw(Placed))
+    monkeypatch.setattr(accel, "load_weights", lambda *_, part: (_ for _ in ()).throw(Placed))
     for name in ("cuda:1", "cuda"):
         with pytest.raises(Placed):
             load_network(meta_network(TINY), "none.pt", Speed(), torch.device(name))
