@@ -160,6 +160,8 @@ def load_network(
     """
     # Neither a compiler nor the backward pass can look into our own layers.
     plain = gradients or speed.compile
+    if device.type == "cpu" and part is None:  # latents come in all sizes: pieces would add up
+        keep_freed_memory()
     _fill(network, path, speed, device, convolution_sides(network), part, plain=plain)
     function = compiled(network) if speed.compile else network
     return CudaGraph(function) if speed.cuda_graph and not gradients else function
@@ -194,8 +196,6 @@ def _fill(
             torch.cuda.set_device(device)  # graphs and events are made on the current one
         torch.backends.cuda.matmul.allow_tf32 = speed.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = speed.precision == "tf32"
-    if device.type == "cpu":
-        keep_freed_memory()
     if device.type == "cpu" and has_cpu_layers() and not plain:
         load_weights(network, path, CpuPlacement(network, sides), part)
         fuse_norms(network)

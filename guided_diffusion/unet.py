@@ -107,16 +107,15 @@ class ResBlock(nn.Module):
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         norm, silu, conv = self.in_layers
         h = conv(self.resample(silu(norm(x))))
-        x = self.skip_connection(self.resample(x))
         emb = self.emb_layers(emb)
         norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
             h = norm(h, *emb.chunk(2, dim=1))
         else:
-            h = norm(h + emb.to(h.dtype)[:, :, None, None])
+            h = norm(h.add_(emb.to(h.dtype)[:, :, None, None]))
         for layer in rest:
             h = layer(h)
-        return x + h
+        return h.add_(self.skip_connection(self.resample(x)))  # last, since it may be the larger
 
 
 class AttentionBlock(nn.Module):
@@ -137,7 +136,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
         tokens = attention(self.qkv(tokens), self.num_heads, self.heads_first)
-        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
 
 
 class Downsample(nn.Module):

@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from filled_weights import filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak_memory import PeakMemory
 from scipy.spatial import KDTree
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from guided_diffusion import autoencoder, strips
 from guided_diffusion.accel import FusedGroupNorm, fuse_norms, has_cpu_layers
@@ -384,26 +382,6 @@ def test_the_norm_inside_a_layer(wrap: Callable[[GroupNorm32], nn.Module]):
 def test_results_are_without_gradients():
     assert not tiny().encode(random(1, 3, 8, 8)).requires_grad
     assert not tiny().decode(random(1, 3, 2, 2)).requires_grad
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the numbers in all tensors that are made meanwhile, and keeps the largest sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
-        for tensor in tree_leaves(result):
-            if torch.is_tensor(tensor):
-                storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage), storage.nbytes() // tensor.element_size()
-                self.alive[storage._cdata] = reference
-        self.peak = max(self.peak, sum(numbers for _, numbers in self.alive.values()))
-        return result
 
 
 def peak_in_pictures(name: str, side: int) -> float:

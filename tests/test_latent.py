@@ -243,6 +243,13 @@ def test_layers_are_made_for_the_size_of_the_pictures(case, image_size, side):
 # ---- Stopped, and not finite -----------------------------------------------------------------
 
 
+def test_freed_memory_goes_back(case):
+    """Pieces of all the sizes of latents would add up."""
+    with patch("guided_diffusion.accel.keep_freed_memory") as keep:
+        load_inpainter(case.conf_path())
+    keep.assert_not_called()
+
+
 def test_goes_on_from_any_state_to_the_same_pixels(case):
     inpaint = load_inpainter(case.conf_path(), overrides=["ddim_steps=4", "ddim_eta=0.7"])
     gt, keep = image_to_tensor(noise(64, 64, 3))[None], torch.zeros(1, 3, 64, 64)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from filled_weights import filled
+from peak_memory import PeakMemory
 from torch import nn
 
 from guided_diffusion.config import Config, load_config
@@ -261,6 +262,17 @@ def test_recomputing_activations_leaves_the_gradients_as_they_are():
 
 
 # ---- Layers -----------------------------------------------------------------------------------
+
+
+def test_an_evaluation_holds_no_picture_longer_than_it_must():
+    """At the peak, on the way up to full size: those are the numbers of 32 channels there."""
+    params = UNetParams(256, 32, (1, 2, 4), 2, (), use_scale_shift_norm=False, resblock_updown=True)
+    network, x, t = UNet(params).eval(), torch.zeros(1, 3, 256, 256), torch.zeros(1)
+    with torch.no_grad(), PeakMemory() as memory:
+        network(x, t)
+    block_in, normed, activated, skips_left = 3, 3, 3, 2
+    at_least = block_in + normed + activated + skips_left
+    assert at_least <= memory.peak / (32 * 256 * 256) < at_least + 0.5
 
 
 @pytest.mark.parametrize("heads_first", [True, False])
