@@ -196,8 +196,8 @@ def group_norm(layer: nn.Module) -> nn.GroupNorm:
 def _room(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
     """Memory for a picture of this shape and of the kind of another, channels_last.
 
-    Pieces of memory that strips have left behind go back to the system first. The C library may
-    have been told to keep them (`accel.keep_freed_memory`), and a picture fits in none of them.
+    Pieces of memory that smaller tensors have left behind go back to the system first: the C
+    library keeps what is below 32 MB, and a picture fits in none of them.
     """
     if like.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
