@@ -13,6 +13,11 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes (-n)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch is not imported yet
+
+
 @pytest.fixture
 def cloud(tmp_path_factory, monkeypatch) -> Iterator[Cloud]:
     """Blob stores on this machine, and a user who has no credentials for them."""
