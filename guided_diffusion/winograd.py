@@ -70,11 +70,11 @@ class PackedConv2d(nn.Module):
         self._pack(weight.to(dtype), input_shape)
 
     def _pack(self, weight: torch.Tensor, input_shape: Sequence[int]) -> None:
-        self.packed_for = tuple(input_shape[2:])
         weight = weight.to(memory_format=torch.channels_last)  # which it sorts much faster
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
             weight, *self.arguments, list(input_shape)
         )
+        self.packed_for = tuple(input_shape[2:])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W), channels_last. Returns the same kind."""
