@@ -25,7 +25,7 @@ PLACES = 256  # of a latent, whose distances to all codes are computed at a time
 class AutoencoderParams:
     """Shape of an autoencoder. Raises ValueError, with both values, for what cannot be built."""
 
-    ch: int = 128  # the width that ch_mult multiplies
+    ch: int = 128  # the width that ch_mult multiplies, and that the encoder begins with
     ch_mult: tuple[float, ...] = (1, 2, 4)  # width of each level / ch, from the finest
     num_res_blocks: int = 2  # per level; the decoder has one more
     z_channels: int = 3  # what the encoder puts out and the decoder takes
@@ -37,7 +37,7 @@ class AutoencoderParams:
     def __post_init__(self) -> None:
         if self.num_res_blocks < 1:
             raise ValueError(f"num_res_blocks is {self.num_res_blocks}, and at least 1 is needed")
-        for width in self.widths:
+        for width in (self.ch, *self.widths):
             if width % 32 or width == 0:
                 raise ValueError(f"a level has {width} channels, which is no multiple of 32")
 
@@ -186,7 +186,7 @@ class Upsample(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, p: AutoencoderParams):
         super().__init__()
-        self.conv_in = nn.Conv2d(p.in_channels, p.widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(p.in_channels, p.ch, 3, padding=1)
         self.down = nn.ModuleList(_down_levels(p))
         self.mid = _middle(p.widths[-1])
         self.norm_out = GroupNorm32(p.widths[-1], EPS)
@@ -239,7 +239,7 @@ def _middle(width: int) -> nn.ModuleDict:
 
 def _down_levels(p: AutoencoderParams) -> Iterator[nn.ModuleDict]:
     """From the finest, each but the last ending in a downsampling."""
-    finer = [p.widths[0], *p.widths]
+    finer = [p.ch, *p.widths]
     for level, width in enumerate(p.widths):
         last = level == len(p.widths) - 1
         downsample = nn.Identity() if last else Downsample(width)

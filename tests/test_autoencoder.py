@@ -106,6 +106,18 @@ def test_names_and_shapes_are_those_of_the_checkpoint(name):
     assert network.factor == 4
 
 
+def test_an_encoder_begins_with_the_base_width():
+    """Where the finest level is wider, its first block widens (Esser et al. 2021, table 7)."""
+    with torch.device("meta"):
+        network = Autoencoder(AutoencoderParams(ch=32, ch_mult=(2, 3)))
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.named_parameters()}
+    assert shapes["encoder.conv_in.weight"] == (32, 3, 3, 3)
+    assert shapes["encoder.down.0.block.0.nin_shortcut.weight"] == (64, 32, 1, 1)
+    assert shapes["encoder.down.0.block.1.conv1.weight"] == (64, 64, 3, 3)
+    assert shapes["decoder.up.0.block.0.nin_shortcut.weight"] == (64, 96, 1, 1)
+    assert shapes["decoder.conv_out.weight"] == (3, 64, 3, 3)
+
+
 @pytest.mark.parametrize("in_strips", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_golden_numbers(monkeypatch, kind, in_strips):
@@ -204,6 +216,24 @@ def test_half_precision_is_near(monkeypatch, dtype, in_strips):
         assert result.dtype == torch.float32
         error = (result - expected).norm() / expected.norm()
         assert 1e-5 < error < (0.05 if dtype == torch.bfloat16 else 0.005)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_strips_add_no_error_to_half_precision(monkeypatch, dtype):
+    """Beside the exact result, strips are as near as the whole: statistics are in fp32."""
+    network = deepcopy(tiny())
+    network.convert_blocks(dtype)
+
+    def errors() -> list[torch.Tensor]:
+        return [
+            (function(golden(f"{name}_in")) - golden(f"{name}_out")).norm()
+            for name, function in (("encode", network.encode), ("decode", network.decode))
+        ]
+
+    of_whole = errors()
+    use_strips(monkeypatch, strip=7 * 64)
+    for in_strips, whole in zip(errors(), of_whole, strict=True):
+        assert in_strips < 1.05 * whole
 
 
 def test_the_sides_of_what_convolutions_work_on():

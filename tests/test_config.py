@@ -638,7 +638,7 @@ LATENT_MISTAKES = [
     (f"{UNET}.image_size", 18, "latent.unet.image_size: found 18; accepted: multiples of 2**2"),
     (f"{UNET}.image_size", 20, None),
     (f"{UNET}.model_channels", 16, "model_channels: found 16; accepted: what makes [16, 32, 48]"),
-    (f"{VAE}.ch", 40, "latent.autoencoder.ch: found 40; accepted: what makes [40, 80, 160]"),
+    (f"{VAE}.ch", 40, "latent.autoencoder.ch: found 40; accepted: multiples of 32"),
     (f"{UNET}.num_heads", 3, "num_heads: found 3; accepted: divisors of [64, 96, 96]"),
     (f"{UNET}.num_heads", 64, "latent.unet.num_heads: found 64; accepted: divisors of"),
     (f"{UNET}.attention_resolutions", "32,16,8", "found 32,16,8; accepted: among [1, 2, 4]"),
