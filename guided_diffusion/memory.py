@@ -1,4 +1,4 @@
-"""How many images fit in a GPU's memory at a time: measured, not guessed."""
+"""Memory: whether it ran out, and how many images fit at a time: measured, not guessed."""
 
 import gc
 from collections.abc import Callable
@@ -6,6 +6,16 @@ from collections.abc import Callable
 import torch
 
 SHARE = 0.9  # of the memory; the rest is for what is fragmented, and for other programs' ups
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether a call failed for want of memory, on whatever device."""
+    # Only for CUDA does torch have a type of its own; the others are plain RuntimeErrors.
+    known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+    return known or any(words in str(error) for words in _RAN_OUT)
+
+
+_RAN_OUT = ("DefaultCPUAllocator: ", "MPS backend out of memory")
 
 
 def release() -> None:

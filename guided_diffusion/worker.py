@@ -67,7 +67,7 @@ class Worker:
                 self.report.skip(self.plan.evaluations)
             elif not self._finish(part):
                 memory.release()
-                self.most = _halved(len(part), self.inpainter.diffusion.device, self.speed)
+                self.most = self._halved(len(part))
                 self.report.take_back_batch(
                     f"not enough memory for {len(part)} images at a time; going on with {self.most}"
                 )
@@ -80,7 +80,9 @@ class Worker:
         examples = [load(task, self.plan) for task in part]
         try:
             results = self._results(part, examples)
-        except torch.cuda.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not memory.ran_out(error):
+                raise
             return False  # and nothing refers any more to what the attempt has made
         seconds = round((time.monotonic() - started) / len(part), 3)
         for task, example, result in zip(part, examples, results, strict=True):
@@ -91,6 +93,15 @@ class Worker:
             with writing(path):
                 storage.remove(path)
         return True
+
+    def _halved(self, batch_size: int) -> int:
+        """The size to go on with where memory does not suffice. Raises UserError if none is."""
+        if batch_size > 1:
+            return batch_size // 2
+        device = self.inpainter.diffusion.device
+        remedies = _remedies(device, self.speed, self.plan.config.image_size)
+        advice = f"set {', or '.join(remedies)}" if remedies else "close other programs"
+        raise UserError(f"{device} has not enough memory for one image; {advice}")
 
     def _results(self, part: Sequence[Task], examples: Sequence[Crop | Photo]) -> list[np.ndarray]:
         """The finished pictures of a batch, uint8 (H, W, 3) each.
@@ -267,15 +278,19 @@ def load(task: Task, plan: Plan) -> Crop | Photo:
     return example
 
 
-def _halved(batch_size: int, device: torch.device, speed: Speed) -> int:
-    """The size to go on with where memory does not suffice. Raises UserError if there is none."""
-    if batch_size > 1:
-        return batch_size // 2
-    remedies = ["device: cpu"]
-    if speed.dtype.itemsize == 4:
-        half = [name for name in offered_precisions(device) if DTYPES[name].itemsize == 2]
-        remedies.insert(0, f"precision: {' or '.join(half)} (half the memory)")
-    raise UserError(f"{device} has not enough memory for one image; set {', or '.join(remedies)}")
+def _remedies(device: torch.device, speed: Speed, image_size: int | None) -> list[str]:
+    """Settings that take less memory, or other memory, for one image."""
+    half = [name for name in offered_precisions(device) if DTYPES[name].itemsize == 2]
+    remedies = []
+    if half and speed.dtype.itemsize == 4:
+        remedies.append(f"precision: {' or '.join(half)} (half the memory)")
+    if image_size is None:
+        remedies.append(
+            "image_size: 512 and, in the dataset, fit: region (the hole's surroundings)"
+        )
+    if device.type != "cpu":
+        remedies.append("device: cpu")
+    return remedies
 
 
 def _earlier_state(path: str) -> SamplerState | None:

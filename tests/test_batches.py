@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -310,24 +311,46 @@ def test_what_a_failed_batch_held_is_free_before_the_next(folder):
     assert released == [True]
 
 
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_a_batch_that_does_not_fit_in_a_cpus_memory_is_halved_too(folder, allocate):
+    class Large(FakeInpainter):
+        def fail(self):
+            allocate(2**58)
+
+    inpainter = Large(always(1))
+    run(folder.plan(2, batch_size=2), inpainter)
+    assert inpainter.sizes == [2, 1, 1]
+    assert folder.streams() == expected_streams(2)
+
+
+def test_an_error_that_has_nothing_to_do_with_memory_is_not_taken_for_one(folder):
+    class Broken(FakeInpainter):
+        def fail(self):
+            torch.zeros(2) + torch.zeros(3)
+
+    with pytest.raises(RuntimeError, match="must match the size"):
+        folder.plan(2, batch_size=2).run(Broken(always(1)))
+
+
 @pytest.mark.parametrize(
-    ("precision", "offered", "remedy"),
+    ("device", "precision", "remedies"),
     [
-        ("fp32", ["fp32", "bf16"], "set precision: bf16 (half the memory), or device: cpu"),
-        ("tf32", ["tf32", "bf16", "fp16"], "set precision: bf16 or fp16 (half the memory), or"),
-        ("bf16", ["fp32", "bf16"], "memory for one image; set device: cpu"),
+        (CPU, "fp32", "set precision: bf16 (half the memory)"),
+        (CUDA, "tf32", "set precision: bf16 (half the memory), or device: cpu"),
+        (CUDA, "bf16", "set device: cpu"),
+        (CPU, "bf16", "close other programs"),
     ],
 )
-def test_a_single_image_that_does_not_fit_ends_the_run(folder, precision, offered, remedy):
-    inpainter = FakeInpainter(lambda attempt: 2 if attempt == 0 else 0)
+def test_a_single_image_that_does_not_fit_ends_the_run(folder, device, precision, remedies):
+    inpainter = FakeInpainter(lambda attempt: 2 if attempt == 0 else 0, device=device)
+    offered = ["fp32", "bf16"]
     with (
         patch.object(worker, "offered_precisions", lambda device: offered),
         told_warnings() as caught,
         pytest.raises(UserError) as error,
     ):
         folder.plan(4, speed=Speed(precision), batch_size=2).run(inpainter)
-    assert str(error.value).startswith("cpu has not enough memory for one image; ")
-    assert remedy in str(error.value)
+    assert str(error.value) == f"{device} has not enough memory for one image; {remedies}"
     assert len(caught) == 1 and inpainter.sizes == [2, 2, 1]
     assert folder.streams() == expected_streams(2)
     assert folder.record()["finished"] is False

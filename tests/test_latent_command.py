@@ -118,6 +118,17 @@ def test_finished_results_are_skipped_until_a_setting_changes(case, plain):
     assert "all were finished before" in again.out
 
 
+def test_where_a_photo_does_not_fit_in_memory_its_holes_may(case):
+    with patch.object(Autoencoder, "encode", lambda *_: torch.empty(2**58)):
+        result = case.run()
+    assert result.status == 2
+    remedy = "image_size: 512 and, in the dataset, fit: region (the hole's surroundings)"
+    [error] = result.lines("error")
+    assert error.startswith("error: cpu has not enough memory for one image; set ")
+    assert error.endswith(remedy)
+    assert case.written() == {}
+
+
 def test_samples_have_streams_of_their_own(case, plain):
     results = case.finish("--set", "samples_per_image=2")
     assert len(results) == 4
