@@ -185,16 +185,18 @@ class Plan:
 
 
 def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
-    """Tasks in batches of pictures of one size, in the order in which the batches begin."""
-    batches: list[list[Task]] = []
-    latest: dict[tuple[int, int] | None, list[Task]] = {}  # the last batch of each size
+    """Tasks in batches of pictures of one size; sizes follow in the order of their first pictures.
+
+    Those of a size come together, for layers and graphs are made ready anew whenever it changes.
+    """
+    alike: dict[tuple[int, int] | None, list[Task]] = {}
     for task in tasks:
-        batch = latest.get(task.size)
-        if batch is None or len(batch) == batch_size:
-            batch = latest[task.size] = []
-            batches.append(batch)
-        batch.append(task)
-    return batches
+        alike.setdefault(task.size, []).append(task)
+    return [
+        of_size[first : first + batch_size]
+        for of_size in alike.values()
+        for first in range(0, len(of_size), batch_size)
+    ]
 
 
 def region_name(name: str, k: int) -> str:
