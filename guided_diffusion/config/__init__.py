@@ -1,0 +1,43 @@
+"""What users write in YAML: frozen dataclasses, one loader, every error a user can make."""
+
+from guided_diffusion.config.errors import UserError
+from guided_diffusion.config.loading import load_config, load_training_config, to_yaml_dict
+from guided_diffusion.config.schema import (
+    CHANNEL_MULT_BY_IMAGE_SIZE,
+    CUT,
+    AutoencoderConfig,
+    ClassifierConfig,
+    Config,
+    DatasetConfig,
+    DiffusionConfig,
+    LatentConfig,
+    LatentUNetConfig,
+    NetworkConfig,
+    ScheduleConfig,
+    SpeedConfig,
+    StartConfig,
+    TrainingConfig,
+    TrainingParams,
+)
+
+__all__ = [
+    "CHANNEL_MULT_BY_IMAGE_SIZE",
+    "CUT",
+    "AutoencoderConfig",
+    "ClassifierConfig",
+    "Config",
+    "DatasetConfig",
+    "DiffusionConfig",
+    "LatentConfig",
+    "LatentUNetConfig",
+    "NetworkConfig",
+    "ScheduleConfig",
+    "SpeedConfig",
+    "StartConfig",
+    "TrainingConfig",
+    "TrainingParams",
+    "UserError",
+    "load_config",
+    "load_training_config",
+    "to_yaml_dict",
+]

@@ -1,0 +1,167 @@
+"""From a YAML file to dataclasses, and back."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+from guided_diffusion.config.file import ConfigFile
+from guided_diffusion.config.problems import (
+    autoencoder_problems,
+    classifier_problems,
+    dataset_problems,
+    ddim_problems,
+    diffusion_problems,
+    folder_problems,
+    latent_unet_problems,
+    network_problems,
+    precision_problems,
+    start_problems,
+)
+from guided_diffusion.config.schema import (
+    CHANNEL_MULT_BY_IMAGE_SIZE,
+    AutoencoderConfig,
+    ClassifierConfig,
+    Config,
+    DatasetConfig,
+    DiffusionConfig,
+    LatentConfig,
+    LatentUNetConfig,
+    NetworkConfig,
+    ScheduleConfig,
+    SpeedConfig,
+    StartConfig,
+    TrainingConfig,
+    TrainingParams,
+)
+from guided_diffusion.config.vocabulary import METHODS, TRAINING, key_of, kinds_of
+
+
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), require_data: bool = True
+) -> Config:
+    """Read the YAML file of an inpainting run.
+
+    path: a local file.
+    overrides: KEY=VALUE each, with a dotted path and a YAML value; they win over the file.
+    require_data: False allows a file without a dataset (`Config.dataset` is None then).
+
+    Raises UserError, one line, for everything that can be wrong with it.
+    """
+    file = ConfigFile(os.fspath(path), overrides, METHODS)
+    if require_data and not file.dataset_name:
+        file.refuse("data.eval", "exactly one dataset, as data.eval.NAME")
+    config = _latent_config(file) if file.method == "latent" else _pixel_config(file)
+    file.refuse_first(dataset_problems(file.values, config.image_size))
+    return config
+
+
+def _pixel_config(file: ConfigFile) -> Config:
+    schedule = file.make(ScheduleConfig) if file.has("schedule_jump_params.") else None
+    if schedule:
+        file.values.setdefault("timestep_respacing", str(schedule.t_T))
+    classifier = file.make(ClassifierConfig)
+    config = _config(
+        file,
+        network=_network(file),
+        diffusion=file.make(DiffusionConfig),
+        schedule=schedule,
+        start_from=file.make(StartConfig) if file.has_section("start_from") else None,
+        classifier=classifier if classifier.scale and classifier.path else None,
+    )
+    file.refuse_first(
+        network_problems(config.network),
+        diffusion_problems(config.diffusion, schedule),
+        ddim_problems(config),
+        start_problems(config),
+        classifier_problems(config.classifier, config.network.image_size),
+    )
+    return config
+
+
+def _latent_config(file: ConfigFile) -> Config:
+    unet, autoencoder = file.make(LatentUNetConfig), file.make(AutoencoderConfig)
+    latent = file.make(LatentConfig, unet=unet, autoencoder=autoencoder)
+    config = _config(
+        file, latent=latent, network=None, diffusion=None, schedule=None, classifier=None
+    )
+    file.refuse_first(latent_unet_problems(unet, autoencoder), autoencoder_problems(autoencoder))
+    return config
+
+
+def _config(file: ConfigFile, **parts: Any) -> Config:
+    """The run, from the keys that all methods have, and the parts that one of them has."""
+    dataset = file.make(DatasetConfig, name=file.dataset_name) if file.dataset_name else None
+    speed = file.make(SpeedConfig)
+    return file.make(Config, source=file.source, speed=speed, dataset=dataset, **parts)
+
+
+def load_training_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> TrainingConfig:
+    """Read the YAML file of a training run; arguments and errors as in `load_config`."""
+    file = ConfigFile(os.fspath(path), overrides, {"pixel": TRAINING})
+    config = file.make(
+        TrainingConfig,
+        source=file.source,
+        network=_network(file),
+        diffusion=file.make(DiffusionConfig),
+        training=file.make(TrainingParams),
+    )
+    file.refuse_first(
+        network_problems(config.network),
+        diffusion_problems(config.diffusion, None),
+        precision_problems(config.network),
+        folder_problems(file.values, outputs=["log_dir"], inputs=["data_dir"]),
+    )
+    return config
+
+
+def _network(file: ConfigFile) -> NetworkConfig:
+    """The network, with `channel_mult` by image size where the file leaves it open."""
+    network = file.make(NetworkConfig)
+    if network.channel_mult:
+        return network
+    if network.image_size not in CHANNEL_MULT_BY_IMAGE_SIZE:
+        file.refuse(
+            "image_size", "64, 128, 256, 512, or any if channel_mult is set, as in '1,2,2,4'"
+        )
+    return replace(network, channel_mult=CHANNEL_MULT_BY_IMAGE_SIZE[network.image_size])
+
+
+def to_yaml_dict(config: Config | TrainingConfig, defaults: bool = True) -> dict[str, Any]:
+    """The effective config as YAML files write it; written out and loaded, it is equal again.
+
+    defaults: False leaves out what is at its default.
+    """
+    vocabulary = METHODS[config.method] if isinstance(config, Config) else TRAINING
+    tree: dict[str, Any] = {}
+    for part in _parts(config):
+        for name in kinds_of(type(part)):
+            if not defaults and getattr(part, name) == getattr(type(part), name, _NO_DEFAULT):
+                continue
+            key = key_of(type(part), name)
+            if key not in vocabulary.known:
+                continue  # of another method
+            *sections, last = key.split(".")
+            node = tree
+            for section in sections:
+                node = node.setdefault(part.name if section == "*" else section, {})
+            node[last] = _as_yaml(getattr(part, name))
+    return tree
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A dataclass and those in its fields, however deep."""
+    yield config
+    for value in filter(is_dataclass, vars(config).values()):
+        yield from _parts(value)
+
+
+_NO_DEFAULT = object()
+
+
+def _as_yaml(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return ",".join(str(number).removesuffix(".0") for number in value)
+    return value
