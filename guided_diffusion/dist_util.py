@@ -51,8 +51,10 @@ class World:
 
         When nobody listens any more, as after `| head`, the run goes on in silence.
         """
+        # In the terminal's last line, rank 0 may be drawing its progress bar.
+        before = "\n" if self.rank and file is sys.stderr else ""
         try:
-            print(self.label(text), file=file, flush=True)
+            print(before + self.label(text), file=file, flush=True)
         except BrokenPipeError:
             silence = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silence, (file or sys.stdout).fileno())

@@ -6,6 +6,7 @@ by TCP as under torchrun.
 
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -141,6 +142,17 @@ def test_every_line_is_labelled_with_the_rank():
         "[rank 3] one\n[rank 3] two\n[rank 3] \n[rank 3] four"
     )
     assert ALONE.label("one\ntwo") == "one\ntwo"
+
+
+@pytest.mark.parametrize(("rank", "before"), [(0, ""), (1, "\n")])
+def test_words_of_other_ranks_begin_a_line_of_their_own(capsys, rank, before):
+    """Where rank 0's progress bar may be."""
+    world = World(rank, 2)
+    world.say("out")
+    world.say("error: no", sys.stderr)
+    said = capsys.readouterr()
+    assert said.out == f"[rank {rank}] out\n"
+    assert said.err == f"{before}[rank {rank}] error: no\n"
 
 
 # ---- What all processes share ----
