@@ -19,7 +19,7 @@ from guided_diffusion.denoiser import FiniteCheck, Network, NonFiniteError, ddim
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inpainter import Inpainter, Start
 from guided_diffusion.repaint import Denoise, Evaluation, SamplerState, Streams, repaint
-from guided_diffusion.respace import Process, respace_betas
+from guided_diffusion.respace import Process, process_of_steps
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601)
 
@@ -27,8 +27,7 @@ LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601)
 def latent_process(steps: Sequence[int], device: torch.device | str = "cpu") -> Process:
     """The published model's diffusion of latents, at these of its 1000 steps."""
     betas = np.linspace(0.0015**0.5, 0.0205**0.5, 1000, dtype=np.float64) ** 2
-    network_times = torch.tensor(steps, dtype=torch.float32, device=device)
-    return Process(GaussianDiffusion(respace_betas(betas, [*steps]), device), network_times)
+    return process_of_steps(betas, steps, device=device)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which steps of the base process are kept (Nichol & Dhariwal 2021, section 4)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +29,17 @@ def respaced_process(
     respacing: see `space_timesteps`. rescale_timesteps: the network counts as if the base process
     had 1000 steps. Raises ValueError where the respacing does not fit.
     """
-    steps = space_timesteps(len(betas), respacing)
     scale = 1000 / len(betas) if rescale_timesteps else 1.0
+    return process_of_steps(betas, space_timesteps(len(betas), respacing), scale, device)
+
+
+def process_of_steps(
+    betas: np.ndarray,
+    steps: Sequence[int],
+    scale: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Process:
+    """The process that visits these steps alone, ascending; the network is told step · scale."""
     times = torch.tensor([step * scale for step in steps], dtype=torch.float32, device=device)
     return Process(GaussianDiffusion(respace_betas(betas, steps), device), times)
 
@@ -57,9 +67,9 @@ def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
     return steps
 
 
-def respace_betas(betas: np.ndarray, steps: list[int]) -> np.ndarray:
+def respace_betas(betas: np.ndarray, steps: Sequence[int]) -> np.ndarray:
     """The β of a process that visits these steps alone, so that ᾱ at each stays what it was."""
-    alphas_cumprod = np.cumprod(1 - betas)[steps]
+    alphas_cumprod = np.cumprod(1 - betas)[[*steps]]
     return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
 
 
