@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any
 
+from guided_diffusion.config import schema
 from guided_diffusion.config.file import ConfigFile
 from guided_diffusion.config.problems import (
     autoencoder_problems,
@@ -18,28 +19,12 @@ from guided_diffusion.config.problems import (
     precision_problems,
     start_problems,
 )
-from guided_diffusion.config.schema import (
-    CHANNEL_MULT_BY_IMAGE_SIZE,
-    AutoencoderConfig,
-    ClassifierConfig,
-    Config,
-    DatasetConfig,
-    DiffusionConfig,
-    LatentConfig,
-    LatentUNetConfig,
-    NetworkConfig,
-    ScheduleConfig,
-    SpeedConfig,
-    StartConfig,
-    TrainingConfig,
-    TrainingParams,
-)
 from guided_diffusion.config.vocabulary import METHODS, TRAINING, key_of, kinds_of
 
 
 def load_config(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), require_data: bool = True
-) -> Config:
+) -> schema.Config:
     """Read the YAML file of an inpainting run.
 
     path: a local file.
@@ -56,17 +41,17 @@ def load_config(
     return config
 
 
-def _pixel_config(file: ConfigFile) -> Config:
-    schedule = file.make(ScheduleConfig) if file.has("schedule_jump_params.") else None
+def _pixel_config(file: ConfigFile) -> schema.Config:
+    schedule = file.make(schema.ScheduleConfig) if file.has("schedule_jump_params.") else None
     if schedule:
         file.values.setdefault("timestep_respacing", str(schedule.t_T))
-    classifier = file.make(ClassifierConfig)
+    classifier = file.make(schema.ClassifierConfig)
     config = _config(
         file,
         network=_network(file),
-        diffusion=file.make(DiffusionConfig),
+        diffusion=file.make(schema.DiffusionConfig),
         schedule=schedule,
-        start_from=file.make(StartConfig) if file.has_section("start_from") else None,
+        start_from=file.make(schema.StartConfig) if file.has_section("start_from") else None,
         classifier=classifier if classifier.scale and classifier.path else None,
     )
     file.refuse_first(
@@ -79,9 +64,9 @@ def _pixel_config(file: ConfigFile) -> Config:
     return config
 
 
-def _latent_config(file: ConfigFile) -> Config:
-    unet, autoencoder = file.make(LatentUNetConfig), file.make(AutoencoderConfig)
-    latent = file.make(LatentConfig, unet=unet, autoencoder=autoencoder)
+def _latent_config(file: ConfigFile) -> schema.Config:
+    unet, autoencoder = file.make(schema.LatentUNetConfig), file.make(schema.AutoencoderConfig)
+    latent = file.make(schema.LatentConfig, unet=unet, autoencoder=autoencoder)
     config = _config(
         file, latent=latent, network=None, diffusion=None, schedule=None, classifier=None
     )
@@ -89,24 +74,24 @@ def _latent_config(file: ConfigFile) -> Config:
     return config
 
 
-def _config(file: ConfigFile, **parts: Any) -> Config:
+def _config(file: ConfigFile, **parts: Any) -> schema.Config:
     """The run, from the keys that all methods have, and the parts that one of them has."""
-    dataset = file.make(DatasetConfig, name=file.dataset_name) if file.dataset_name else None
-    speed = file.make(SpeedConfig)
-    return file.make(Config, source=file.source, speed=speed, dataset=dataset, **parts)
+    dataset = file.make(schema.DatasetConfig, name=file.dataset_name) if file.dataset_name else None
+    speed = file.make(schema.SpeedConfig)
+    return file.make(schema.Config, source=file.source, speed=speed, dataset=dataset, **parts)
 
 
 def load_training_config(
     path: str | os.PathLike[str], overrides: Sequence[str] = ()
-) -> TrainingConfig:
+) -> schema.TrainingConfig:
     """Read the YAML file of a training run; arguments and errors as in `load_config`."""
     file = ConfigFile(os.fspath(path), overrides, {"pixel": TRAINING})
     config = file.make(
-        TrainingConfig,
+        schema.TrainingConfig,
         source=file.source,
         network=_network(file),
-        diffusion=file.make(DiffusionConfig),
-        training=file.make(TrainingParams),
+        diffusion=file.make(schema.DiffusionConfig),
+        training=file.make(schema.TrainingParams),
     )
     file.refuse_first(
         network_problems(config.network),
@@ -117,24 +102,26 @@ def load_training_config(
     return config
 
 
-def _network(file: ConfigFile) -> NetworkConfig:
+def _network(file: ConfigFile) -> schema.NetworkConfig:
     """The network, with `channel_mult` by image size where the file leaves it open."""
-    network = file.make(NetworkConfig)
+    network = file.make(schema.NetworkConfig)
     if network.channel_mult:
         return network
-    if network.image_size not in CHANNEL_MULT_BY_IMAGE_SIZE:
+    if network.image_size not in schema.CHANNEL_MULT_BY_IMAGE_SIZE:
         file.refuse(
             "image_size", "64, 128, 256, 512, or any if channel_mult is set, as in '1,2,2,4'"
         )
-    return replace(network, channel_mult=CHANNEL_MULT_BY_IMAGE_SIZE[network.image_size])
+    return replace(network, channel_mult=schema.CHANNEL_MULT_BY_IMAGE_SIZE[network.image_size])
 
 
-def to_yaml_dict(config: Config | TrainingConfig, defaults: bool = True) -> dict[str, Any]:
+def to_yaml_dict(
+    config: schema.Config | schema.TrainingConfig, defaults: bool = True
+) -> dict[str, Any]:
     """The effective config as YAML files write it; written out and loaded, it is equal again.
 
     defaults: False leaves out what is at its default.
     """
-    vocabulary = METHODS[config.method] if isinstance(config, Config) else TRAINING
+    vocabulary = METHODS[config.method] if isinstance(config, schema.Config) else TRAINING
     tree: dict[str, Any] = {}
     for part in _parts(config):
         for name in kinds_of(type(part)):

@@ -9,31 +9,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from guided_diffusion.config import schema
 from guided_diffusion.config.kinds import ANYTHING, Kind, matching, null_or, only_false, whole
-from guided_diffusion.config.schema import (
-    AutoencoderConfig,
-    ClassifierConfig,
-    Config,
-    DatasetConfig,
-    DiffusionConfig,
-    LatentConfig,
-    LatentUNetConfig,
-    NetworkConfig,
-    ScheduleConfig,
-    SpeedConfig,
-    StartConfig,
-    TrainingConfig,
-    TrainingParams,
-)
 
 # Where keys are in a file: prefixes (`*` stands for the dataset's name), and four older names.
 _PREFIXES = {
-    ClassifierConfig: "classifier_",
-    ScheduleConfig: "schedule_jump_params.",
-    StartConfig: "start_from.",
-    LatentUNetConfig: "latent.unet.",
-    AutoencoderConfig: "latent.autoencoder.",
-    DatasetConfig: "data.eval.*.",
+    schema.ClassifierConfig: "classifier_",
+    schema.ScheduleConfig: "schedule_jump_params.",
+    schema.StartConfig: "start_from.",
+    schema.LatentUNetConfig: "latent.unet.",
+    schema.AutoencoderConfig: "latent.autoencoder.",
+    schema.DatasetConfig: "data.eval.*.",
 }
 _YAML_NAMES = {
     "inpainted_dir": "paths.srs",
@@ -97,11 +83,11 @@ _NO = "method: latent {}; remove it".format
 _INSTEAD = "method: latent takes {} instead".format
 # What to do with keys of method pixel where the method is latent.
 _NOT_LATENT = {
-    **dict.fromkeys(_vocabulary(NetworkConfig), _NO("has no such choice")),
-    **dict.fromkeys(_vocabulary(DiffusionConfig), _NO("has a diffusion process of its own")),
-    **dict.fromkeys(_vocabulary(ScheduleConfig), _NO("does not resample")),
-    **dict.fromkeys(_vocabulary(StartConfig), _NO("always starts from noise")),
-    **dict.fromkeys(_vocabulary(ClassifierConfig), _NO("takes no guidance")),
+    **dict.fromkeys(_vocabulary(schema.NetworkConfig), _NO("has no such choice")),
+    **dict.fromkeys(_vocabulary(schema.DiffusionConfig), _NO("has a diffusion process of its own")),
+    **dict.fromkeys(_vocabulary(schema.ScheduleConfig), _NO("does not resample")),
+    **dict.fromkeys(_vocabulary(schema.StartConfig), _NO("always starts from noise")),
+    **dict.fromkeys(_vocabulary(schema.ClassifierConfig), _NO("takes no guidance")),
     "num_channels": _INSTEAD("latent.unet.model_channels"),
     "num_res_blocks": _INSTEAD("latent.unet.num_res_blocks"),
     "num_heads": _INSTEAD("latent.unet.num_heads"),
@@ -117,21 +103,25 @@ _NOT_LATENT = {
     "inpa_inj_sched_prev": _NO("shows the known pixels to its network"),
     "inpa_inj_time_shift": _NO("never goes up in time"),
 }
-_NETWORK_KEYS = _vocabulary(NetworkConfig, DiffusionConfig) | _NO_EFFECT
-_SHARED_KEYS = _vocabulary(Config, SpeedConfig, DatasetConfig) | _NO_EFFECT | _NO_EFFECT_IN_DATASET
+_NETWORK_KEYS = _vocabulary(schema.NetworkConfig, schema.DiffusionConfig) | _NO_EFFECT
+_SHARED_KEYS = (
+    _vocabulary(schema.Config, schema.SpeedConfig, schema.DatasetConfig)
+    | _NO_EFFECT
+    | _NO_EFFECT_IN_DATASET
+)
 _PIXEL_KEYS = {
     **_SHARED_KEYS,
     **_NETWORK_KEYS,
-    **_vocabulary(ClassifierConfig, ScheduleConfig, StartConfig),
+    **_vocabulary(schema.ClassifierConfig, schema.ScheduleConfig, schema.StartConfig),
     "image_size": replace(whole(1), accepts="a whole number >= 1, or null with method: latent"),
 }
 _LATENT_KEYS = {
     **{key: kind for key, kind in _SHARED_KEYS.items() if key not in _NOT_LATENT},
-    **_vocabulary(LatentConfig, LatentUNetConfig, AutoencoderConfig),
+    **_vocabulary(schema.LatentConfig, schema.LatentUNetConfig, schema.AutoencoderConfig),
     "data.eval.*.image_size": null_or(whole(1)),
 }
 _TRAINING_KEYS = {
-    **_vocabulary(TrainingConfig, TrainingParams),
+    **_vocabulary(schema.TrainingConfig, schema.TrainingParams),
     **_NETWORK_KEYS,
     **_NO_EFFECT_IN_TRAINING,
 }
