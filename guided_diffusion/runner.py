@@ -275,5 +275,6 @@ def _exists(path: str) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "numpy", "pillow")}
-    return {"python": platform.python_version(), **packages}
+    packages = {name: version(name) for name in ("numpy", "pillow")}
+    # Unlike the package's, this one says for what it was built, such as +cpu or +cu130.
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **packages}

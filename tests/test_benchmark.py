@@ -63,7 +63,7 @@ class Finished:
     left_behind: list[Path]
 
 
-BALLAST = 2**29  # bytes that this process has held, unlike the one whose memory is measured
+BALLAST = 2**30  # bytes that this process has held, unlike the one whose memory is measured
 
 
 @pytest.fixture(scope="module")

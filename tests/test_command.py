@@ -71,7 +71,10 @@ def command(*arguments: str) -> Result:
         warnings.simplefilter("default")
         warnings.simplefilter("ignore", ResourceWarning)  # as Python does for a user
         runpy.run_path(str(ROOT / "test.py"), run_name="__main__")
-    return Result(exit_.value.code, out.getvalue(), err.getvalue())
+    status = exit_.value.code
+    if status:
+        gc.collect()  # a process that ends lets go of its lock; here, an error may still hold it
+    return Result(status, out.getvalue(), err.getvalue())
 
 
 class Case:

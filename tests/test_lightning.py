@@ -175,12 +175,15 @@ def test_what_a_file_says_is_shown_short_and_without_commands_to_a_terminal():
     assert shown("\0" * 21) == r"\x00" * 19 + r"\..." and shown("abcdef", 5) == "ab..."
 
 
+class Pickler(pickle.Pickler):
+    def persistent_id(self, thing: object) -> tuple | None:
+        return thing.pid if isinstance(thing, Storage) else None
+
+
 def archive_of(path: Path, contents: object, records: dict[str, bytes]) -> str:
     """An archive with this pickle, whose tensors are given by `Storage`."""
     buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer, protocol=2)
-    pickler.persistent_id = lambda thing: thing.pid if isinstance(thing, Storage) else None
-    pickler.dump(contents)
+    Pickler(buffer, protocol=2).dump(contents)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", buffer.getvalue())
         for name, data in records.items():
@@ -370,9 +373,9 @@ def test_what_stands_around_objects_stays_in_its_place(protocol):
 
 
 def test_what_an_object_would_be_made_of_is_noted():
-    found = follow(pickle.dumps(PurePosixPath("a/b"), 2))
-    assert isinstance(found, Unmade) and found.maker.full.startswith("pathlib")
-    assert found.arguments == ("a", "b")
+    found = follow(pickle.dumps(datetime.timedelta(1, 2, 3), 2))
+    assert isinstance(found, Unmade) and found.maker == Name("datetime.timedelta")
+    assert found.arguments == (1, 2, 3)
     counter = follow(pickle.dumps(collections.OrderedDict(a=1), 4))
     assert counter.maker == Name("collections.OrderedDict") and counter.items == {"a": 1}
 
