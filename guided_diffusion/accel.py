@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from guided_diffusion.autoencoder import Autoencoder
-from guided_diffusion.checkpoint import LATENT_AUTOENCODER, Part, load_weights, place_copies
+from guided_diffusion.checkpoint import (
+    LATENT_AUTOENCODER,
+    Part,
+    enough_memory,
+    load_weights,
+    place_copies,
+)
 from guided_diffusion.config import SpeedConfig, UserError
 from guided_diffusion.nn import GroupNorm32
 from guided_diffusion.unet import Downsample, TimedNetwork, picture_scale
@@ -196,12 +202,13 @@ def _fill(
             torch.cuda.set_device(device)  # graphs and events are made on the current one
         torch.backends.cuda.matmul.allow_tf32 = speed.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = speed.precision == "tf32"
-    if device.type == "cpu" and has_cpu_layers() and not plain:
-        load_weights(network, path, CpuPlacement(network, sides), part)
-        fuse_norms(network)
-    else:
-        load_weights(network, path, part=part)
-    network.to(device).requires_grad_(False)
+    with enough_memory(path):
+        if device.type == "cpu" and has_cpu_layers() and not plain:
+            load_weights(network, path, CpuPlacement(network, sides), part)
+            fuse_norms(network)
+        else:
+            load_weights(network, path, part=part)
+        network.to(device).requires_grad_(False)
 
 
 def has_cpu_layers() -> bool:

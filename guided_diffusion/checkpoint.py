@@ -5,8 +5,8 @@ import pickle
 import stat
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import PurePath
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import nn
 
-from guided_diffusion import lightning, storage
+from guided_diffusion import lightning, memory, storage
 from guided_diffusion.config import UserError
 from guided_diffusion.dist_util import read_world
 from guided_diffusion.lightning import ForeignError, StoredTensor, shown
@@ -128,6 +128,24 @@ def check_weights(network: nn.Module, path: str, part: Part | None = None) -> No
     _matching_weights(network, path, part)
 
 
+@contextmanager
+def enough_memory(path: str) -> Iterator[None]:
+    """Raises UserError where the memory does not suffice for what is loaded from this path."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
+            raise
+        raise _too_large(path) from error
+
+
+def _too_large(path: str) -> UserError:
+    return UserError(
+        f"{path}: there is not enough memory to load this network; close other programs, set "
+        "precision: bf16 (half the memory), or raise the limit if one is set (ulimit -v)"
+    )
+
+
 def load_state_dict(path: str) -> dict[str, Any]:
     """The contents of a `.pt` file, on the CPU; nothing in it is ever executed.
 
@@ -165,6 +183,8 @@ def _load(
     except OSError as error:
         raise UserError(_unreadable_message(name, error)) from error
     except Exception as error:  # torch reports damaged files by many unrelated types
+        if memory.ran_out(error):
+            raise _too_large(name) from error
         raise UserError(f"{name}: {_damage_message(name, path, error, anew)}") from error
 
 

@@ -9,13 +9,20 @@ SHARE = 0.9  # of the memory; the rest is for what is fragmented, and for other 
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether a call failed for want of memory, on whatever device."""
-    # Only for CUDA does torch have a type of its own; the others are plain RuntimeErrors.
+    """Whether a call failed for want of memory, as far as its error says so."""
+    # Only CUDA's allocator has a type of its own; the others raise plain RuntimeErrors.
     known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
     return known or any(words in str(error) for words in _RAN_OUT)
 
 
-_RAN_OUT = ("DefaultCPUAllocator: ", "MPS backend out of memory")
+_RAN_OUT = (
+    "DefaultCPUAllocator: ",
+    "Cannot allocate memory",  # for the mapping of a file
+    "std::bad_alloc",
+    "MPS backend out of memory",
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",  # of cuBLAS and cuDNN
+)
 
 
 def release() -> None:

@@ -14,7 +14,7 @@ import torch
 from guided_diffusion import memory, storage
 from guided_diffusion.accel import DTYPES, Speed, offered_precisions
 from guided_diffusion.animation import ProcessLog
-from guided_diffusion.config import DatasetConfig, UserError
+from guided_diffusion.config import Config, DatasetConfig, UserError
 from guided_diffusion.denoiser import NonFiniteError
 from guided_diffusion.dist_util import Team
 from guided_diffusion.examples import Crop, Photo, load_example
@@ -77,8 +77,8 @@ class Worker:
     def _finish(self, part: Sequence[Task]) -> bool:
         """Inpaint a batch and write its results; False if memory does not suffice for it."""
         started = time.monotonic()
-        examples = [load(task, self.plan) for task in part]
         try:
+            examples = [load(task, self.plan) for task in part]
             results = self._results(part, examples)
         except (MemoryError, RuntimeError) as error:
             if not memory.ran_out(error):
@@ -99,7 +99,7 @@ class Worker:
         if batch_size > 1:
             return batch_size // 2
         device = self.inpainter.diffusion.device
-        remedies = _remedies(device, self.speed, self.plan.config.image_size)
+        remedies = _remedies(device, self.speed, self.plan.config)
         advice = f"set {', or '.join(remedies)}" if remedies else "close other programs"
         raise UserError(f"{device} has not enough memory for one image; {advice}")
 
@@ -278,16 +278,18 @@ def load(task: Task, plan: Plan) -> Crop | Photo:
     return example
 
 
-def _remedies(device: torch.device, speed: Speed, image_size: int | None) -> list[str]:
+def _remedies(device: torch.device, speed: Speed, config: Config) -> list[str]:
     """Settings that take less memory, or other memory, for one image."""
     half = [name for name in offered_precisions(device) if DTYPES[name].itemsize == 2]
     remedies = []
     if half and speed.dtype.itemsize == 4:
         remedies.append(f"precision: {' or '.join(half)} (half the memory)")
-    if image_size is None:
+    if config.image_size is None:
         remedies.append(
             "image_size: 512 and, in the dataset, fit: region (the hole's surroundings)"
         )
+    elif config.latent and config.image_size > 512:
+        remedies.append("a smaller image_size, such as 512")
     if device.type != "cpu":
         remedies.append("device: cpu")
     return remedies

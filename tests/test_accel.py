@@ -936,6 +936,15 @@ def test_a_compiler_gets_a_network_that_it_can_look_into(gradients, tmp_path, mo
     assert count(network, PackedConv2d) == count(network, FusedGroupNorm) == 0
 
 
+@pytest.mark.parametrize("function", ["place_copies", "fast_convolution"])
+def test_memory_that_does_not_suffice_for_the_weights_is_one_line(function, tmp_path, monkeypatch):
+    monkeypatch.setattr(accel, function, lambda *_: torch.empty(2**58))
+    path = written(TINY, tmp_path)
+    with pytest.raises(UserError) as error:
+        load_network(meta_network(TINY), path, Speed(), CPU)
+    assert str(error.value).startswith(f"{path}: there is not enough memory to load this network; ")
+
+
 @pytest.mark.parametrize(("device", "calls"), [(CPU, 1), (CUDA, 0)])
 def test_memory_is_kept_on_cpus(device, calls, tmp_path, monkeypatch, faked_cuda):
     kept = []

@@ -338,6 +338,7 @@ def test_an_error_that_has_nothing_to_do_with_memory_is_not_taken_for_one(folder
         (CPU, "fp32", "set precision: bf16 (half the memory)"),
         (CUDA, "tf32", "set precision: bf16 (half the memory), or device: cpu"),
         (CUDA, "bf16", "set device: cpu"),
+        (torch.device("mps"), "bf16", "set device: cpu"),
         (CPU, "bf16", "close other programs"),
     ],
 )

@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -283,6 +284,15 @@ def test_text_or_a_web_page(tmp_path, content):
 
 def test_a_folder(tmp_path):
     assert "cannot read this checkpoint: " in refusal(denoiser(), tmp_path)
+
+
+def test_a_file_that_does_not_fit_in_memory_need_not_be_fetched_again(monkeypatch):
+    """As where `ulimit -v` is low."""
+    error = RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)")
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    message = refusal(denoiser(), TINY_FILE)
+    assert "there is not enough memory to load this network; close other programs" in message
+    assert "damaged" not in message and "fetch" not in message
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
