@@ -18,7 +18,7 @@ from torch import nn
 from guided_diffusion.config import Config, load_config
 from guided_diffusion.factory import classifier_params, unet_params
 from guided_diffusion.nn import GroupNorm32, attention, timestep_embedding
-from guided_diffusion.unet import Classifier, ClassifierParams, UNet, UNetParams
+from guided_diffusion.unet import Classifier, ClassifierParams, ResBlock, UNet, UNetParams
 
 ROOT = Path(__file__).parents[1]
 CONFS = [ROOT / "confs" / "face_example.yml", *sorted((ROOT / "confs").glob("test_*.yml"))]
@@ -262,6 +262,19 @@ def test_recomputing_activations_leaves_the_gradients_as_they_are():
 
 
 # ---- Layers -----------------------------------------------------------------------------------
+
+
+def test_a_residual_block_holds_no_picture_longer_than_it_must():
+    """At most two of its output at a time, counted in those."""
+    params = UNetParams(64, 32, (1,), 1, (), use_scale_shift_norm=False)
+    block, x, emb = (
+        ResBlock(params, 32, 64).eval(),
+        torch.zeros(1, 32, 256, 256),
+        torch.zeros(1, 128),
+    )
+    with torch.no_grad(), PeakMemory() as memory:
+        block(x, emb)
+    assert 2 <= memory.peak / (64 * 256 * 256) < 2.1
 
 
 def test_an_evaluation_holds_no_picture_longer_than_it_must():
