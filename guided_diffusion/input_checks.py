@@ -51,8 +51,8 @@ _WARNINGS = {
     ),
     "coloured": (
         "are in colour, of which more or less may be kept than one sees; if they are photos, "
-        "gt_path and mask_path may be swapped; if not, make them black and white: "
-        "python -m guided_diffusion.masks threshold"
+        "gt_path and mask_path may be swapped; if the hole is painted in a colour: "
+        "python -m guided_diffusion.masks from-colour"
     ),
     "white": (
         "keep everything (white all over): nothing is filled in; if the hole is transparent: "

@@ -140,7 +140,7 @@ class ConfigFile:
         def likeness(key: str) -> tuple[float, bool, float]:
             # The last word counts first, so that a misplaced key is shown its place.
             name = key.replace("*", dataset)
-            pairs = (path[-1], name.rpartition(".")[2]), (".".join(path), name)
+            pairs = (path[-1].lower(), name.rpartition(".")[2]), (".".join(path), name)
             last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
             if key not in own and last < 0.9:
                 last = 0  # a key of another kind of run has to be meant for sure
