@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import factory
-from guided_diffusion.accel import FusedGroupNorm, Speed, load_autoencoder
+from guided_diffusion.accel import FusedGroupNorm, Speed
 from guided_diffusion.autoencoder import Autoencoder
 from guided_diffusion.checkpoint import LATENT_AUTOENCODER, LATENT_UNET, Part, load_weights
 from guided_diffusion.config import Config, UserError, load_config
@@ -320,13 +320,6 @@ def _load_plain(network: nn.Module, path: str, device: torch.device, part: Part 
     load_weights(network, path, place, part).to(device).eval()
 
 
-def _fast_coders(config: Config, device: torch.device, speed: Speed) -> tuple[Network, Network]:
-    autoencoder = networks_of(config)[LATENT_AUTOENCODER]
-    side = autoencoder.factor * config.latent.unet.image_size
-    load_autoencoder(autoencoder, config.model_path, speed, device, side)
-    return autoencoder.encode, autoencoder.decode
-
-
 def _coding(config: Config, coders: tuple[Network, Network], device: torch.device) -> Functions:
     """What an autoencoder does with one picture."""
     encode, decode = coders
@@ -347,7 +340,9 @@ def _measure_networks(
     inputs = [x.contiguous(memory_format=torch.channels_last), *others]
     functions: Functions = {"evaluate": lambda: network(*inputs)}
     if config.latent:
-        functions |= _coding(config, _fast_coders(config, device, speed), device)
+        autoencoder = factory.build_autoencoder(config, device, speed)
+        coders = autoencoder.encode, autoencoder.decode
+        functions |= _coding(config, coders, device)
     with _PlainProcess(config, device, batch) as plain:
         fast = [partial(milliseconds, function, device) for function in functions.values()]
         slow = [partial(plain.milliseconds, name) for name in functions]

@@ -93,12 +93,9 @@ def build_inpainter(
 def _build_latent_inpainter(
     config: Config, times: Sequence[int], device: torch.device, speed: Speed
 ) -> LatentInpainter:
-    with torch.device("meta"):
-        autoencoder = Autoencoder(autoencoder_params(config.latent.autoencoder))
-    side = config.latent.nominal_size
     return LatentInpainter(
         build_network(config, device, speed),
-        load_autoencoder(autoencoder, config.model_path, speed, device, side),
+        build_autoencoder(config, device, speed),
         build_process(config, device),
         times,
         multiple=config.latent.multiple,
@@ -191,6 +188,14 @@ def build_network(config: Config, device: torch.device, speed: Speed) -> Network
     if config.latent:
         return load_network(network, config.model_path, speed, device, part=LATENT_UNET)
     return load_network(network, config.model_path, speed, device)
+
+
+def build_autoencoder(config: Config, device: torch.device, speed: Speed) -> Autoencoder:
+    """The autoencoder of a latent config, weights loaded. Raises UserError."""
+    with torch.device("meta"):
+        autoencoder = Autoencoder(autoencoder_params(config.latent.autoencoder))
+    side = config.latent.nominal_size
+    return load_autoencoder(autoencoder, config.model_path, speed, device, side)
 
 
 def build_process(config: Config | TrainingConfig, device: torch.device | str = "cpu") -> Process:

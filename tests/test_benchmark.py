@@ -598,10 +598,8 @@ def test_the_plain_ways_of_latent_diffusion_give_what_the_fast_ones_give(tmp_pat
     plain = benchmarking.plain_network(config, CPU)(*inputs)
     fast = factory.build_network(config, CPU, Speed())(*inputs)
     torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
-    coders = (
-        benchmarking.plain_coders(config, CPU),
-        benchmarking._fast_coders(config, CPU, Speed()),
-    )
+    autoencoder = factory.build_autoencoder(config, CPU, Speed())
+    coders = benchmarking.plain_coders(config, CPU), (autoencoder.encode, autoencoder.decode)
     torch.manual_seed(0)
     x, z = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 3, 16, 16)
     for plain, fast, argument in zip(*coders, (x, z), strict=True):
