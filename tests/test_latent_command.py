@@ -14,7 +14,7 @@ from latent_runs import SIZE, LatentCase, tiny_weights
 from PIL import Image
 from test_command import GOLDEN, ROOT, Case
 
-from guided_diffusion import accel
+from guided_diffusion import accel, worker
 from guided_diffusion.autoencoder import Autoencoder
 
 
@@ -118,14 +118,25 @@ def test_finished_results_are_skipped_until_a_setting_changes(case, plain):
     assert "all were finished before" in again.out
 
 
-def test_where_a_photo_does_not_fit_in_memory_its_holes_may(case):
-    with patch.object(Autoencoder, "encode", lambda *_: torch.empty(2**58)):
+@pytest.mark.parametrize(
+    ("image_size", "remedy"),
+    [
+        (None, ", or image_size: 512 and, in the dataset, fit: region (the hole's surroundings)"),
+        (544, ", or a smaller image_size, such as 512"),
+        (512, ""),
+    ],
+)
+def test_what_to_do_where_a_photo_does_not_fit_in_memory(case, image_size, remedy):
+    case.config["image_size"] = image_size
+    with (
+        patch.object(worker, "offered_precisions", lambda device: ["fp32", "bf16"]),
+        patch.object(Autoencoder, "encode", lambda *_: torch.empty(2**58)),
+    ):
         result = case.run()
     assert result.status == 2
-    remedy = "image_size: 512 and, in the dataset, fit: region (the hole's surroundings)"
     [error] = result.lines("error")
-    assert error.startswith("error: cpu has not enough memory for one image; set ")
-    assert error.endswith(remedy)
+    known = "error: cpu has not enough memory for one image; set precision: bf16 (half the memory)"
+    assert error == known + remedy
     assert case.written() == {}
 
 
