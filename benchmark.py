@@ -12,7 +12,6 @@ EXAMPLES = """examples:
   python benchmark.py --conf_path confs/demo.yml
   python benchmark.py --conf_path confs/face_example.yml --set fast=true
   python benchmark.py --conf_path confs/face_example.yml --precision bf16 --batch 4 --json
-  python benchmark.py --conf_path confs/demo.yml --scaling
 """
 
 
@@ -44,7 +43,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--conf_path", required=True, metavar="FILE", help="a YAML file, such as those in confs/")
     add("--precision", metavar="P", help="the same as --set precision=P")
     add("--batch", type=batch_size, default=1, metavar="N", help="images at a time (1)")
-    add("--scaling", action="store_true", help="compare 1, 2, 4, ... processes at once instead")
     add(
         "--set",
         action="append",
@@ -68,10 +66,9 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
 def run(config: Config, settings: list[str], arguments: argparse.Namespace) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
-    from guided_diffusion import benchmarking, scaling
+    from guided_diffusion import benchmarking
 
-    measure = scaling.measure if arguments.scaling else benchmarking.measure
-    figures = measure(config, settings, arguments.batch)
+    figures = benchmarking.measure(config, settings, arguments.batch)
     print(json.dumps(figures.to_json()) if arguments.json else figures.describe())
 
 

@@ -10,7 +10,7 @@
 | 3 | inpainter, accel, examples, input_checks, animation, measuring, metrics/*, training/* |
 | 4 | latent, plan, preview, evaluation |
 | 5 | factory, worker, paper_table |
-| 6 | runner, study, benchmarking, scaling; the package's own front (`__init__`) |
+| 6 | runner, study, benchmarking; the package's own front (`__init__`) |
 | 7 | the entry scripts: test.py, train.py, benchmark.py, evaluate.py |
 | 8 | data/*.py, scripts that use the package as its users do |
 
@@ -40,7 +40,7 @@ FLOORS = (
     + ("metrics.*", "training.*"),
     ("latent", "plan", "preview", "evaluation"),
     ("factory", "worker", "paper_table"),
-    ("runner", "study", "benchmarking", "scaling", "__init__"),
+    ("runner", "study", "benchmarking", "__init__"),
     ("test.py", "train.py", "benchmark.py", "evaluate.py"),
     ("data/*.py",),
 )
