@@ -66,9 +66,9 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
 def run(config: Config, settings: list[str], arguments: argparse.Namespace) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
-    from guided_diffusion import benchmarking
+    from guided_diffusion.benchmark import network
 
-    figures = benchmarking.measure(config, settings, arguments.batch)
+    figures = network.measure(config, settings, arguments.batch)
     print(json.dumps(figures.to_json()) if arguments.json else figures.describe())
 
 

@@ -3,14 +3,13 @@
 import argparse
 import sys
 
-from guided_diffusion import evaluation, paper_table
 from guided_diffusion.config import UserError
+from guided_diffusion.evaluation import paper, table
 
 EXAMPLES = """examples:
   python evaluate.py --results log/demo/inpainted --gt log/demo/gt --masks log/demo/gt_keep_mask
   python evaluate.py --results mine --gt truth --out metrics.csv
   python evaluate.py --paper log/test_* --out paper.csv
-  python evaluate.py --run-study portraits
 """
 
 
@@ -36,33 +35,25 @@ def parse_arguments() -> argparse.Namespace:
     add("--gt", metavar="DIR", help="the truth, pictures of the same names and sizes")
     add("--masks", metavar="DIR", help="white = known, black = hole; measures the hole as well")
     add("--paper", nargs="+", metavar="DIR", help="folders of runs: the paper's table beside ours")
-    study_help = "inpaint portraits with the embedded model, measure, write a page (up to an hour)"
-    add("--run-study", choices=["portraits"], help=study_help)
-    out_help = "write the figures as CSV: a line an image, or a cell; of a study, the page (.md)"
-    add("--out", metavar="FILE", help=out_help)
+    add("--out", metavar="FILE", help="write the figures as CSV: a line an image, or a cell")
     arguments = parser.parse_args()
     folders = [arguments.results, arguments.gt, arguments.masks]
-    others = [arguments.paper, arguments.run_study]
-    if all(others) or (any(folders) if any(others) else not all(folders[:2])):
-        parser.error("give --results and --gt, or --paper alone, or --run-study alone")
+    if any(folders) if arguments.paper else not all(folders[:2]):
+        parser.error("give --results and --gt, or --paper alone")
     return arguments
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.run_study:
-        from guided_diffusion.study import run_portraits
-
-        return run_portraits(arguments.out)
     if arguments.out:
-        evaluation.check_out(arguments.out)
+        table.check_out(arguments.out)
     if arguments.paper:
-        table = paper_table.compare(arguments.paper)
+        scores = paper.compare(arguments.paper)
     else:
-        networks = evaluation.load_networks()
-        table = evaluation.evaluate(arguments.results, arguments.gt, arguments.masks, networks)
-    print(table.to_markdown())
+        networks = table.load_networks()
+        scores = table.evaluate(arguments.results, arguments.gt, arguments.masks, networks)
+    print(scores.to_markdown())
     if arguments.out:
-        evaluation.write_text(arguments.out, table.to_csv())
+        table.write_text(arguments.out, scores.to_csv())
 
 
 if __name__ == "__main__":

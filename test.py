@@ -7,8 +7,8 @@ from functools import partial
 from signal import SIGINT
 
 from guided_diffusion.config import Config, UserError, load_config
-from guided_diffusion.dist_util import ALONE, World, join, read_world, restarted
-from guided_diffusion.interrupts import Interrupted
+from guided_diffusion.machine.ranks import ALONE, World, join, read_world, restarted
+from guided_diffusion.machine.signals import Interrupted
 
 EXAMPLES = """examples:
   python test.py --conf_path confs/demo.yml
@@ -52,9 +52,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(config: Config, world: World, arguments: argparse.Namespace) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
-    from guided_diffusion import factory, preview, runner
-    from guided_diffusion.plan import Identity, make_plan, share_plan
-    from guided_diffusion.records import Records
+    from guided_diffusion import factory
+    from guided_diffusion.images import preview
+    from guided_diffusion.run import runner
+    from guided_diffusion.run.plan import make_plan, share_plan
+    from guided_diffusion.run.recipe import Identity
+    from guided_diffusion.run.records import Records
 
     if arguments.preview is not None:
         return world.say(preview.write_preview(config, arguments.preview))

@@ -5,7 +5,7 @@ import sys
 import warnings
 
 from guided_diffusion.config import TrainingConfig, UserError, load_training_config
-from guided_diffusion.dist_util import ALONE, World, read_world
+from guided_diffusion.machine.ranks import ALONE, World, read_world
 
 EXAMPLES = """examples:
   python data/make_portraits.py data/portraits --number 30000
@@ -51,9 +51,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(config: TrainingConfig, world: World) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
-    from guided_diffusion.factory import build_trainer, sample_writer
+    from guided_diffusion.training.build import build_trainer, sample_writer
     from guided_diffusion.training.loop import train
-    from guided_diffusion.training.processes import reporting_lost_processes
+    from guided_diffusion.training.ranks import reporting_lost_processes
 
     log_dir = config.training.log_dir
     with reporting_lost_processes():

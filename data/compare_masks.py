@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from guided_diffusion.config import UserError  # noqa: E402  (after the path is set)
-from guided_diffusion.masks import draw_mask, mask_rng  # noqa: E402
-from guided_diffusion.pictures import list_images, read_rgb  # noqa: E402
+from guided_diffusion.images.files import list_images, read_rgb  # noqa: E402
+from guided_diffusion.masks.kinds import draw_mask, mask_rng  # noqa: E402
 
 TOUCHING = np.ones((3, 3))  # pixels that touch at a corner belong together
 

@@ -2,16 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
-from guided_diffusion import accel, storage
-from guided_diffusion.accel import Speed, load_autoencoder, load_network
-from guided_diffusion.autoencoder import Autoencoder, AutoencoderParams
-from guided_diffusion.checkpoint import LATENT_AUTOENCODER, LATENT_UNET, check_weights
+from guided_diffusion.checkpoints.loading import LATENT_AUTOENCODER, LATENT_UNET, check_weights
 from guided_diffusion.config import (
     CHANNEL_MULT_BY_IMAGE_SIZE,
     AutoencoderConfig,
@@ -23,30 +20,25 @@ from guided_diffusion.config import (
     TrainingConfig,
     UserError,
     load_config,
-    to_yaml_dict,
 )
-from guided_diffusion.denoiser import (
-    Denoiser,
-    Network,
-    ddim,
-    guided,
-    guided_x0,
-    network_denoiser,
-)
-from guided_diffusion.dist_util import ALONE, World
+from guided_diffusion.denoiser import Denoiser, Network, ddim, guided, guided_x0, network_denoiser
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
-from guided_diffusion.image_datasets import to_bytes
 from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
 from guided_diffusion.latent import LatentInpainter, latent_process
-from guided_diffusion.pictures import encode_png, picture_grid
+from guided_diffusion.machine.ranks import ALONE, World
+from guided_diffusion.networks.autoencoder import Autoencoder, AutoencoderParams
+from guided_diffusion.networks.unet import (
+    NUM_CLASSES,
+    Classifier,
+    ClassifierParams,
+    UNet,
+    UNetParams,
+)
 from guided_diffusion.respace import Process, respaced_process
 from guided_diffusion.scheduler import ddim_times, jump_times, plain_times, times_from
-from guided_diffusion.training.data import TrainingImages
-from guided_diffusion.training.loop import Objective, Trainer
-from guided_diffusion.training.processes import Processes, check_batch_size
-from guided_diffusion.unet import NUM_CLASSES, Classifier, ClassifierParams, UNet, UNetParams
-
-PREVIEW_STEPS = 50  # of the samples that a training run shows
+from guided_diffusion.speed import choice
+from guided_diffusion.speed.choice import Speed
+from guided_diffusion.speed.loading import load_autoencoder, load_network
 
 
 def load_inpainter(
@@ -169,16 +161,16 @@ def choose_speed(config: Config, device: torch.device) -> Speed:
     if config.classifier:
         _choose_classifier_speed(config, device)
     if not config.latent:
-        return accel.choose_speed(config.speed, config.network.use_fp16, device)
+        return choice.choose_speed(config.speed, config.network.use_fp16, device)
     wishes = config.speed
     if config.image_size is None and wishes.compile is None:
         wishes = replace(wishes, compile=False)  # each size would be compiled anew
-    return accel.choose_speed(wishes, False, device)
+    return choice.choose_speed(wishes, False, device)
 
 
 def _choose_classifier_speed(config: Config, device: torch.device) -> Speed:
     use_fp16 = config.classifier.use_fp16
-    return accel.choose_speed(config.speed, use_fp16, device, "classifier_use_fp16")
+    return choice.choose_speed(config.speed, use_fp16, device, "classifier_use_fp16")
 
 
 def build_network(config: Config, device: torch.device, speed: Speed) -> Network:
@@ -356,69 +348,3 @@ def classifier_params(classifier: ClassifierConfig, image_size: int) -> Classifi
         resblock_updown=classifier.resblock_updown,
     )
     return ClassifierParams(encoder, classifier.pool)
-
-
-def build_trainer(config: TrainingConfig, world: World = ALONE) -> tuple[Trainer, TrainingImages]:
-    """A network with fresh weights and what trains it, and its images. Raises UserError.
-
-    world: the processes that train it together; all of them call this.
-    """
-    check_batch_size(config.training.batch_size, world)
-    device = pick_device(config.device, world)
-    images = TrainingImages(config.training.data_dir, config.network.image_size)
-    if config.network.class_cond:
-        images.check_classes(NUM_CLASSES)
-    processes = Processes(world, device)
-    processes.check_same("config", to_yaml_dict(config))
-    processes.check_same("data_dir", images.paths)
-    objective = Objective(
-        build_process(config, device),
-        predict_xstart=config.diffusion.predict_xstart,
-        use_kl=config.diffusion.use_kl,
-        class_cond=config.network.class_cond,
-    )
-    torch.manual_seed(config.seed)  # the fresh weights
-    network = UNet(unet_params(config.network))
-    trainer = Trainer(network, objective, config.training, seed=config.seed, processes=processes)
-    return trainer, images
-
-
-def sample_writer(
-    config: TrainingConfig, device: torch.device, num_classes: int
-) -> Callable[[dict[str, torch.Tensor], str], None]:
-    """A function (weights, path) that draws a grid of free samples, from the same noise always.
-
-    num_classes: of those that are being learnt; a class-conditional network draws among them.
-    """
-    # Every n-th step leaves out the very last ones, which are nothing but noise.
-    total = config.diffusion.diffusion_steps
-    steps = len(range(0, total, max(1, total // PREVIEW_STEPS)))
-    preview = replace(config.diffusion, timestep_respacing=f"ddim{steps}")
-    process = build_process(replace(config, diffusion=preview), device)
-    with torch.device("meta"):
-        network = UNet(unet_params(config.network)).eval()
-    inpainter = PixelInpainter(
-        network_denoiser(
-            network,
-            process,
-            class_cond=config.network.class_cond,
-            predict_xstart=config.diffusion.predict_xstart,
-        ),
-        process.diffusion,
-        plain_times(process.diffusion.num_timesteps),
-        config.network.image_size,
-        num_classes=num_classes,
-        inject_known=False,
-    )
-    number, size = config.training.sample_number, config.network.image_size
-
-    def write(weights: dict[str, torch.Tensor], path: str) -> None:
-        network.load_state_dict(weights, assign=True)
-        blank = torch.zeros(number, 3, size, size)
-        pictures = to_bytes(inpainter.sample(blank, blank, seeds=range(number)))
-        try:
-            storage.write_atomically(path, encode_png(picture_grid(pictures)))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-    return write

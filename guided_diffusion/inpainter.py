@@ -11,15 +11,11 @@ from PIL import Image, ImageOps
 
 from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.image_datasets import (
-    image_to_tensor,
-    mask_to_tensor,
-    paste_known,
-    to_bytes,
-)
-from guided_diffusion.pictures import prepare
-from guided_diffusion.repaint import Evaluation, SamplerState, Streams, repaint
+from guided_diffusion.images.files import prepare
+from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, paste_known, to_bytes
+from guided_diffusion.repaint import Evaluation, SamplerState, repaint
 from guided_diffusion.scheduler import count_evaluations
+from guided_diffusion.streams import Streams
 
 Progress = Callable[[int, int, torch.Tensor], None]  # (done, total, x_0 estimate)
 Pictures = TypeVar("Pictures", torch.Tensor, Sequence[Image.Image])

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from guided_diffusion.autoencoder import Autoencoder
 from guided_diffusion.denoiser import FiniteCheck, Network, NonFiniteError, ddim, network_denoiser
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inpainter import Inpainter, Start
-from guided_diffusion.repaint import Denoise, Evaluation, SamplerState, Streams, repaint
+from guided_diffusion.networks.autoencoder import Autoencoder
+from guided_diffusion.repaint import Denoise, Evaluation, SamplerState, repaint
 from guided_diffusion.respace import Process, process_of_steps
+from guided_diffusion.streams import Streams
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601)
 

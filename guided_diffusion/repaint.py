@@ -4,59 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
-import numpy as np
 import torch
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ReverseStep
+from guided_diffusion.streams import Streams
 
 Denoise = Callable[[torch.Tensor, int], ReverseStep]  # (x_t, t) -> p(x_{t-1} | x_t)
-
-
-class Streams:
-    """Random numbers of a batch, each image from a generator of its own.
-
-    An image's numbers therefore do not depend on its batch, its neighbours or its process.
-    """
-
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
-        self.generators = [
-            torch.Generator(device).manual_seed(_generator_seed(seed, torch.device(device)))
-            for seed in seeds
-        ]
-
-    def classes(self, num_classes: int) -> torch.Tensor:
-        """A class for each image, (B,)."""
-        return torch.cat(
-            [
-                torch.randint(0, num_classes, (1,), generator=g, device=g.device)
-                for g in self.generators
-            ]
-        )
-
-    def normal(self, like: torch.Tensor) -> torch.Tensor:
-        """Standard normal noise of this shape (B, C, H, W), in this memory format."""
-        noise = torch.empty_like(like)
-        for image, generator in zip(noise, self.generators, strict=True):
-            image.copy_(torch.randn(image.shape, generator=generator, device=generator.device))
-        return noise
-
-    def state(self) -> list[torch.Tensor]:
-        """Where each image's stream is; `set_state` goes on from there."""
-        return [generator.get_state() for generator in self.generators]
-
-    def set_state(self, state: Sequence[torch.Tensor]) -> None:
-        for generator, position in zip(self.generators, state, strict=True):
-            generator.set_state(position)
-
-
-def _generator_seed(seed: int, device: torch.device) -> int:
-    """The seed itself, but for long ones on a CPU, of which torch's generator takes 32 bits only.
-
-    The samples of an image are 2**32 apart, so that all would be the same.
-    """
-    if device.type == "cuda" or seed < 2**32:
-        return seed
-    return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,9 @@ import argparse
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 if __package__ is None or __package__ == "":  # run by path: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -121,33 +117,6 @@ def _walk(params: ScheduleConfig) -> Iterator[int]:
 
 # ---- Drawn -----------------------------------------------------------------------------------
 
-COLOURS, STYLES = 10, ("-", "--", ":", "-.")  # C0 to C9 are ten distinct colours of matplotlib
-
-
-def schedule_figure(schedules: Mapping[str, list[int]], title: str) -> Figure:
-    """A plot of times against transitions; of several schedules, with their names in a legend.
-
-    schedules: times by name. Raises UserError without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from error
-    several = len(schedules) > 1
-    figure = Figure(figsize=(9, 4 + 0.25 * len(schedules) * several), layout="constrained")
-    axes = figure.add_subplot()
-    for i, (name, times) in enumerate(schedules.items()):
-        style = STYLES[i // COLOURS % len(STYLES)]
-        axes.plot(times, linewidth=0.8, color=f"C{i % COLOURS}", linestyle=style, label=name)
-    longest = max(map(len, schedules.values()))
-    axes.set(title=title, xlabel="transition", ylabel="time t", xlim=(0, longest - 1))
-    axes.margins(x=0)
-    if several:  # below the axes, where it hides nothing
-        legend = figure.legend(loc="outside lower left")
-        for line in legend.get_lines():
-            line.set_linewidth(3)
-    return figure
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the schedule of times of a config.")
@@ -167,6 +136,8 @@ def main() -> None:
 
 
 def _draw(conf_paths: list[str], out: str) -> None:
+    from guided_diffusion.output import schedule_plot  # for this command alone
+
     if not out.lower().endswith((".png", ".pdf", ".svg")):
         raise UserError(f"--out {out}: accepted: a PNG, PDF or SVG file, such as schedule.png")
     schedules = schedules_of(conf_paths)
@@ -178,7 +149,7 @@ def _draw(conf_paths: list[str], out: str) -> None:
         title = "Schedules of times"
         schedules = {f"{name}: {_costs(times)}": times for name, times in schedules.items()}
         print(*schedules, sep="\n")
-    _save(schedule_figure(schedules, title), out)
+    schedule_plot.save_figure(schedule_plot.schedule_figure(schedules, title), out)
     print(f"written: {out}")
 
 
@@ -215,14 +186,6 @@ def _costs(times: list[int]) -> str:
     evaluations = count_evaluations(times)
     ups = len(times) - 1 - evaluations
     return f"{evaluations:,} evaluations, {ups:,} re-noising steps an image"
-
-
-def _save(figure: Figure, out: str) -> None:
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the plot to {out}: {reason}") from error
 
 
 def _fail(error: UserError) -> int:

@@ -4,8 +4,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from cloud_emulation import Cloud, redirect
 from hypothesis import settings
+
+from tests.support.cloud_emulation import Cloud, redirect
 
 # The same examples in every run, so that a red test means that the change broke it. To look for
 # more: pytest --hypothesis-profile=default

@@ -19,15 +19,11 @@ if __package__ is None or __package__ == "":  # run by path: make the package im
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion.config import ScheduleConfig
-from guided_diffusion.gaussian_diffusion import (
-    Ddim,
-    GaussianDiffusion,
-    ReverseStep,
-    beta_schedule,
-)
-from guided_diffusion.repaint import Denoise, Streams, repaint
+from guided_diffusion.gaussian_diffusion import Ddim, GaussianDiffusion, ReverseStep, beta_schedule
+from guided_diffusion.repaint import Denoise, repaint
 from guided_diffusion.respace import respaced_process
 from guided_diffusion.scheduler import count_evaluations, jump_times
+from guided_diffusion.streams import Streams
 
 SIDE = 4
 PIXELS = SIDE * SIDE

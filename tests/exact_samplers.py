@@ -12,9 +12,8 @@ from pathlib import Path
 if __package__ is None or __package__ == "":  # run by path: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exact_gaussian import inpainting_error, times_for
-
 from guided_diffusion.scheduler import count_evaluations
+from tests.exact_gaussian import inpainting_error, times_for
 
 SETTINGS = [(steps, r) for r in (1, 10) for steps in (25, 50, 100, 250)]
 ETAS = (None, 0.0, 1.0)  # None: the ancestral sampler

@@ -18,7 +18,8 @@ from pathlib import Path
 if __package__ is None or __package__ == "":  # run by path: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from small_runs import (
+from tests.support.case import Case
+from tests.support.small_runs import (
     assert_equal,
     assert_part_of,
     outputs,
@@ -27,7 +28,6 @@ from small_runs import (
     start,
     states,
 )
-from test_command import Case
 
 IMAGES = 6
 KILLS = 50

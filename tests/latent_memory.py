@@ -31,11 +31,11 @@ from PIL import Image
 if __package__ is None or __package__ == "":  # run by path: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from guided_diffusion.autoencoder import Autoencoder
-from guided_diffusion.benchmarking import networks_of
+from guided_diffusion.benchmark.network import networks_of
+from guided_diffusion.benchmark.setup import peak_memory, random_checkpoint
 from guided_diffusion.config import load_config
-from guided_diffusion.measuring import peak_memory, random_checkpoint
-from guided_diffusion.unet import UNet
+from guided_diffusion.networks.autoencoder import Autoencoder
+from guided_diffusion.networks.unet import UNet
 
 TEST = Path(__file__).resolve().parents[1] / "test.py"
 CPU = torch.device("cpu")

@@ -4,20 +4,21 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-import exact_samplers
 import numpy as np
 import pytest
 import torch
-from exact_gaussian import inpainting_error
 
 from guided_diffusion import factory, load_inpainter
 from guided_diffusion.config import ScheduleConfig, UserError
 from guided_diffusion.denoiser import FiniteCheck, NonFiniteError, ddim, network_denoiser
 from guided_diffusion.gaussian_diffusion import Ddim, GaussianDiffusion, beta_schedule
 from guided_diffusion.inpainter import Inpainter
-from guided_diffusion.repaint import Streams, repaint
+from guided_diffusion.repaint import repaint
 from guided_diffusion.respace import respaced_process
 from guided_diffusion.scheduler import jump_times, plain_times
+from guided_diffusion.streams import Streams
+from tests import exact_samplers
+from tests.exact_gaussian import inpainting_error
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "tests" / "golden" / "e2e" / "resample" / "conf.yml"

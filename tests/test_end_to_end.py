@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,16 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from filled_weights import filled
 from PIL import Image
-from torch import nn
 
-from guided_diffusion.config import load_config
-from guided_diffusion.factory import classifier_params, unet_params
-from guided_diffusion.unet import Classifier, UNet
+from tests.support.golden_runs import prepare
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = Path(__file__).parent / "golden"
 EVALUATIONS = {  # per image: steps down, and again after each jump up
     "resample": 20 + 2 * 5 * 3,
     "odd_inputs": 50 + 2 * 10 * 3,
@@ -51,25 +45,6 @@ class Run:
     @property
     def record(self) -> dict:
         return json.loads((self.folder / "out" / "run.json").read_text("utf-8"))
-
-
-def write_filled(network: nn.Module, path: Path) -> None:
-    """The network's checkpoint, its weights drawn from their names."""
-    torch.save(filled({key: tensor.shape for key, tensor in network.state_dict().items()}), path)
-
-
-def prepare(case: str, folder: Path) -> None:
-    """Copy a golden case, with the checkpoints that its config names."""
-    shutil.copytree(GOLDEN / "e2e" / case, folder)
-    config = load_config(str(folder / "conf.yml"))
-    with torch.device("meta"):
-        if config.model_path == "model_fill":
-            write_filled(UNet(unet_params(config.network)), folder / "model_fill")
-        else:
-            shutil.copy(GOLDEN / config.model_path, folder)
-        if config.classifier:
-            params = classifier_params(config.classifier, config.network.image_size)
-            write_filled(Classifier(params), folder / config.classifier.path)
 
 
 def start(folder: Path, settings: dict[str, object]) -> subprocess.Popen:

@@ -5,11 +5,14 @@ With `BalancedNoise` the loop's moments carry no sampling error, only that of fl
 
 from itertools import pairwise
 
-import exact_gaussian
 import numpy as np
 import pytest
 import torch
-from exact_gaussian import (
+
+from guided_diffusion.scheduler import plain_times
+from guided_diffusion.streams import Streams
+from tests import exact_gaussian
+from tests.exact_gaussian import (
     DATA,
     IMAGE,
     KNOWN,
@@ -24,9 +27,6 @@ from exact_gaussian import (
     sample,
     times_for,
 )
-
-from guided_diffusion.repaint import Streams
-from guided_diffusion.scheduler import plain_times
 
 
 def algorithm_1(times: list[int]) -> Gaussian:

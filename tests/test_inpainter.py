@@ -22,11 +22,12 @@ from guided_diffusion import factory, load_inpainter
 from guided_diffusion.config import UserError
 from guided_diffusion.denoiser import FiniteCheck, NonFiniteError
 from guided_diffusion.gaussian_diffusion import ReverseStep
-from guided_diffusion.image_datasets import to_bytes
+from guided_diffusion.images.files import load_prepared
+from guided_diffusion.images.tensors import to_bytes
 from guided_diffusion.inpainter import Inpainter
-from guided_diffusion.pictures import load_prepared
-from guided_diffusion.records import load_state, save_state
-from guided_diffusion.repaint import SamplerState, Streams
+from guided_diffusion.repaint import SamplerState
+from guided_diffusion.run.records import load_state, save_state
+from guided_diffusion.streams import Streams
 
 ROOT = Path(__file__).parents[1]
 CASE = ROOT / "tests" / "golden" / "e2e" / "resample"

@@ -6,17 +6,17 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from latent_runs import GOLDEN, LatentCase
 from PIL import Image
 
 from guided_diffusion import factory, load_inpainter
-from guided_diffusion.autoencoder import Autoencoder
 from guided_diffusion.config import load_config
 from guided_diffusion.denoiser import NonFiniteError
-from guided_diffusion.image_datasets import image_to_tensor, mask_to_tensor
+from guided_diffusion.images.files import read_rgb
+from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor
 from guided_diffusion.latent import LatentInpainter, latent_process
-from guided_diffusion.pictures import read_rgb
+from guided_diffusion.networks.autoencoder import Autoencoder
 from guided_diffusion.repaint import Evaluation
+from tests.support.latent_runs import GOLDEN, LatentCase
 
 CASES = ("ddim10", "ddim7_eta")
 
@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused_from_python(inpaint):
 )
 def test_nothing_is_compiled_for_each_size_unless_it_is_asked_for(case, settings, compile):
     config = load_config(case.conf_path(), settings)
-    with patch("guided_diffusion.factory.accel.choose_speed") as choose:
+    with patch("guided_diffusion.factory.choice.choose_speed") as choose:
         factory.choose_speed(config, torch.device("cpu"))
     wishes, use_fp16, _ = choose.call_args.args
     assert (wishes.compile, use_fp16) == (compile, False)
@@ -245,7 +245,7 @@ def test_layers_are_made_for_the_size_of_the_pictures(case, image_size, side):
 
 def test_freed_memory_goes_back(case):
     """Pieces of all the sizes of latents would add up."""
-    with patch("guided_diffusion.accel.keep_freed_memory") as keep:
+    with patch("guided_diffusion.speed.loading.keep_freed_memory") as keep:
         load_inpainter(case.conf_path())
     keep.assert_not_called()
 

@@ -10,12 +10,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from latent_runs import SIZE, LatentCase, tiny_weights
 from PIL import Image
-from test_command import GOLDEN, ROOT, Case
 
-from guided_diffusion import accel, worker
-from guided_diffusion.autoencoder import Autoencoder
+from guided_diffusion.networks.autoencoder import Autoencoder
+from guided_diffusion.run import worker
+from guided_diffusion.speed import choice, loading
+from tests.support.case import GOLDEN, ROOT, Case
+from tests.support.latent_runs import SIZE, LatentCase, tiny_weights
 
 
 @pytest.fixture
@@ -81,9 +82,9 @@ def test_results_do_not_depend_on_batches_nor_on_the_order(case, plain):
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(case, plain):
     case.config["checkpoint_every"] = 0
-    load_network, calls = accel.load_network, []
+    load_network, calls = loading.load_network, []
 
-    def counted(*arguments: object, **options: object) -> accel.Function:
+    def counted(*arguments: object, **options: object) -> loading.Function:
         network = load_network(*arguments, **options)
 
         def evaluate(*inputs: torch.Tensor) -> torch.Tensor:
@@ -158,7 +159,7 @@ def test_the_process_is_shown_as_pictures(case):
 
 
 def test_bf16_is_close_to_fp32(case, plain):
-    if "bf16" not in accel.offered_precisions(torch.device("cpu")):
+    if "bf16" not in choice.offered_precisions(torch.device("cpu")):
         pytest.skip("this CPU does not multiply bf16 numbers")
     for name, picture in case.finish("--set", "precision=bf16").items():
         assert np.abs(picture.astype(int) - plain[name]).mean() < 3

@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-import exact_gaussian
 import pytest
 
 from guided_diffusion.config import ScheduleConfig
 from guided_diffusion.scheduler import count_evaluations, jump_times
+from tests import exact_gaussian
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,32 +13,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from guided_diffusion.config import ScheduleConfig
+from guided_diffusion.output.schedule_plot import schedule_figure
 from guided_diffusion.scheduler import (
     PAPER_SCHEDULE,
     count_evaluations,
     ddim_times,
     jump_times,
     plain_times,
-    schedule_figure,
     schedules_of,
 )
+from tests.support.schedules import schedules
 
 ROOT = Path(__file__).parents[1]
 SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())
-
-counts, lengths = st.integers(1, 3), st.integers(1, 8)
-schedules = st.builds(
-    ScheduleConfig,
-    t_T=st.integers(1, 24),
-    n_sample=counts,
-    jump_length=lengths,
-    jump_n_sample=counts,
-    jump2_length=lengths,
-    jump2_n_sample=counts,
-    jump3_length=lengths,
-    jump3_n_sample=counts,
-    start_resampling=st.integers(0, 30),
-)
 
 
 def ups(times: list[int]) -> list[int]:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from guided_diffusion.config import UserError
-from guided_diffusion.dist_util import ALONE, World
-from guided_diffusion.image_datasets import image_to_tensor
-from guided_diffusion.pictures import list_images, load_prepared
-from guided_diffusion.training.processes import share_of
+from guided_diffusion.images.files import list_images, load_prepared
+from guided_diffusion.images.tensors import image_to_tensor
+from guided_diffusion.machine.ranks import ALONE, World
+from guided_diffusion.training.ranks import share_of
 
 READERS = 2  # threads that read images while the network learns
 

@@ -21,14 +21,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from guided_diffusion import storage
-from guided_diffusion.checkpoint import check_weights, load_state_dict
+from guided_diffusion.checkpoints.loading import check_weights, load_state_dict
 from guided_diffusion.config import TrainingParams, UserError
+from guided_diffusion.machine import storage
 from guided_diffusion.respace import Process
 from guided_diffusion.training.data import TrainingImages, endless_batches
 from guided_diffusion.training.ema import EMA
 from guided_diffusion.training.losses import TIMESTEP_SAMPLERS, training_losses
-from guided_diffusion.training.processes import Processes, share_of
+from guided_diffusion.training.ranks import Processes, share_of
 
 WriteSamples = Callable[[dict[str, torch.Tensor], str], None]  # (weights, path of the picture)
 

@@ -1,0 +1,1 @@
+"""How fast a network runs on this machine."""

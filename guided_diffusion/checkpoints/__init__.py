@@ -1,0 +1,1 @@
+"""Checkpoints: read safely, compared with a network, loaded into it."""

@@ -1,0 +1,404 @@
+"""Checkpoints: loaded safely and strictly; what differs is said in the config's terms."""
+
+import os
+import pickle
+import stat
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import PurePath
+from typing import Any, BinaryIO, TypeVar
+
+import torch
+from torch import nn
+
+from guided_diffusion.checkpoints import lightning
+from guided_diffusion.checkpoints.lightning import ForeignError, StoredTensor, shown
+from guided_diffusion.checkpoints.mismatch import (
+    TIME_EMBED,
+    Explain,
+    Shapes,
+    difference_message,
+    explain_autoencoder,
+    explain_latent_unet,
+    explain_pixel_network,
+)
+from guided_diffusion.config import UserError
+from guided_diffusion.machine import memory, storage
+from guided_diffusion.machine.ranks import read_world
+
+# What `download.sh` calls the published files.
+DOWNLOADS = {
+    "celeba256_250000.pt": "celeba",
+    "places256_300000.pt": "places",
+    "256x256_diffusion.pt": "imagenet",
+    "256x256_classifier.pt": "classifier",
+    "inpainting_big.ckpt": "ldm",
+}
+
+DEMO_MODEL = "portraits64.pt"
+
+PIECE = 2**26  # weights of a checkpoint placed at a time: more pieces, less memory, more time
+
+Network = TypeVar("Network", bound=nn.Module)
+Place = Callable[[str, nn.Module, dict[str, torch.Tensor]], None]
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which tensors of a latent diffusion checkpoint are a network's."""
+
+    prefix: str  # before the names that the network has for them
+    explain: Explain
+    average: str | None = None  # where their moving average is: before the names without dots
+
+    def stored_name(self, name: str) -> str:
+        """What the tensor to be used is called in a file, by the network's name for it."""
+        return self.average + name.replace(".", "") if self.average else self.prefix + name
+
+
+LATENT_UNET = Part("model.diffusion_model.", explain_latent_unet, "model_ema.diffusion_model")
+LATENT_AUTOENCODER = Part("first_stage_model.", explain_autoencoder)
+
+
+def place_copies(name: str, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Give a module its weights, in the types that it has and in channels_last."""
+    for key, weight in weights.items():
+        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        dtype = getattr(module, key).dtype
+        weight = weight.to(dtype, memory_format=layout, copy=True)
+        setattr(module, key, nn.Parameter(weight, requires_grad=False))
+
+
+def load_weights(
+    network: Network, path: str, place: Place = place_copies, part: Part | None = None
+) -> Network:
+    """Fill a network built on the meta device with the weights of a checkpoint.
+
+    place: (name of a module, module, its weights in the mapped file); what it keeps of them it
+    copies, for the file is mapped and left again piece by piece, so that all weights are in memory
+    once. part: where they are in a latent diffusion checkpoint; None: the file has them alone.
+    Raises UserError, as `load_state_dict` and if any key or shape differs; warns, once, if a part
+    should have a moving average and has none (of the processes of a run, that of rank 0 does).
+    """
+    open_weights = _matching_weights(network, path, part)
+    for names in _pieces(network):
+        weights = open_weights()  # anew: what was read of a mapping counts as used until it closes
+        for name in names:
+            module = network.get_submodule(name)
+            keys = {key: f"{name}.{key}" if name else key for key, _ in _own_weights(module)}
+            place(name, module, {key: weights.pop(full) for key, full in keys.items()})
+    return network
+
+
+def local_path(path: str) -> str:
+    """The path itself, or that of a copy on this machine of a remote checkpoint.
+
+    The copy is downloaded if there is none, or another version of it; a process does that at most
+    once, so that all that it does with a checkpoint is done with the same. Raises UserError, also
+    if there is neither a file nor a folder, but a device or a pipe, which might have no end.
+    """
+    if storage.is_remote(path):
+        return _copy(path)
+    _refuse_devices(path)
+    return path
+
+
+def _refuse_devices(path: str) -> None:
+    with suppress(OSError, ValueError):  # reading says what is wrong
+        kind = os.stat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise UserError(f"{path}: this is a device or a pipe; a checkpoint must be a file")
+
+
+def fingerprint(path: str) -> dict[str, Any]:
+    """Path, size and SHA-256 of a checkpoint. Raises UserError."""
+    try:
+        size, sha256 = storage.file_digest(local_path(path))
+    except OSError as error:
+        raise UserError(_unreadable_message(path, error)) from error
+    return {"path": path, "bytes": size, "sha256": sha256}
+
+
+def check_weights(network: nn.Module, path: str, part: Part | None = None) -> None:
+    """Compare every key and shape of a checkpoint with a network, see `load_weights`."""
+    _matching_weights(network, path, part)
+
+
+@contextmanager
+def enough_memory(path: str) -> Iterator[None]:
+    """Raises UserError where the memory does not suffice for what is loaded from this path."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
+            raise
+        raise _too_large(path) from error
+
+
+def _too_large(path: str) -> UserError:
+    return UserError(
+        f"{path}: there is not enough memory to load this network; close other programs, set "
+        "precision: bf16 (half the memory), or raise the limit if one is set (ulimit -v)"
+    )
+
+
+def load_state_dict(path: str) -> dict[str, Any]:
+    """The contents of a `.pt` file, on the CPU; nothing in it is ever executed.
+
+    Raises UserError if the file is missing, damaged, or holds more than plain data and tensors.
+    """
+    _refuse_devices(path)
+    return _load(path, path)
+
+
+# ---- Reading ---------------------------------------------------------------------------------
+
+_NETWORK_ALONE = "save the network's state_dict() alone"
+_WHOLE_MODEL = "save the whole model's state_dict()"
+
+
+def _read(path: str) -> Any:
+    if storage.is_remote(path):
+        with storage.open_binary(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    is_zip = _is_zip(path)
+    if is_zip:
+        lightning.check_stored(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _load(
+    name: str, path: str, read: Callable[[str], Any] = _read, anew: str = _NETWORK_ALONE
+) -> Any:
+    """The contents of a file that the user knows by this name. Raises UserError.
+
+    anew: how to make a file that is read.
+    """
+    try:
+        return read(path)
+    except OSError as error:
+        raise UserError(_unreadable_message(name, error)) from error
+    except Exception as error:  # torch reports damaged files by many unrelated types
+        if memory.ran_out(error):
+            raise _too_large(name) from error
+        raise UserError(f"{name}: {_damage_message(name, path, error, anew)}") from error
+
+
+@cache
+def _copy(path: str) -> str:
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    try:
+        return storage.local_copy(path, os.path.join(folder, "repaint", "checkpoints"))
+    except OSError as error:
+        raise UserError(_unreadable_message(path, error)) from error
+
+
+def _is_zip(file: str | BinaryIO) -> bool:
+    """Files of torch before 1.6 are no zip archives, and cannot be mapped into memory."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # a damaged one that says it spans several disks
+        return False
+
+
+def _unreadable_message(path: str, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return _missing_message(path)
+    return f"{path}: cannot read this checkpoint: {_first_line(error)}"
+
+
+def _missing_message(path: str) -> str:
+    if storage.is_remote(path):
+        return f"{path}: no such checkpoint; check the path"
+    if PurePath(path).name == DEMO_MODEL:
+        return f"{path}: no such checkpoint; start it in the repository's folder, which has it"
+    return (
+        f"{path}: no such checkpoint; {_fetch_command(path) or 'check the path'}. To see the "
+        "program work without any download: python test.py --conf_path confs/demo.yml"
+    )
+
+
+def _fetch_command(path: str) -> str:
+    name = PurePath(path).name
+    if storage.is_remote(path) or name not in DOWNLOADS:
+        return ""
+    return f"fetch it: bash download.sh {DOWNLOADS[name]}"
+
+
+def _damage_message(name: str, path: str, error: Exception, anew: str) -> str:
+    """What is wrong with a file that could not be read, and what to do."""
+    problem, remedy = _file_problem(path), f"fetch it again if you downloaded it, or {anew}"
+    if not problem and isinstance(error, ForeignError):
+        problem, remedy = str(error), error.remedy
+    if fetch := _fetch_command(name):
+        remedy = f"delete it and {fetch}"
+    return f"{problem or _content_problem(error)}; {remedy}"
+
+
+def _file_problem(path: str) -> str | None:
+    """What its first bytes and its end tell; None: it is as torch.save writes files."""
+    with storage.open_binary(path) as file:
+        start = file.read(4)
+        ends_early = start == _ZIP and not _is_zip(file)
+    if not start:
+        return "the file is empty"
+    if ends_early:
+        return "the file is incomplete, its end is missing"
+    if start != _ZIP and not start.startswith(_PICKLE):
+        return "this is no checkpoint, but a file of another kind, such as text or a web page"
+    return None
+
+
+_ZIP, _PICKLE = b"PK\3\4", b"\x80"  # how files begin that torch.save writes, and wrote until 1.6
+
+
+def _content_problem(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "the file is damaged, or it holds objects that could run code when loaded (nothing "
+            "was run)"
+        )
+    return f"the file is damaged: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    text = (getattr(error, "strerror", None) or str(error)).strip()
+    return shown(text.splitlines()[0], longest=300) if text else type(error).__name__
+
+
+# ---- Comparing -------------------------------------------------------------------------------
+
+
+def _matching_weights(network: nn.Module, path: str, part: Part | None) -> Callable[[], Weights]:
+    """What opens the weights of a checkpoint, all of whose keys and shapes are the network's."""
+    wanted, local = _shapes(network.state_dict()), local_path(path)
+    if part:
+        return _matching_part(wanted, path, local, part)
+    try:
+        return _matching_file(wanted, path, local)
+    except UserError as error:
+        if not _is_latent(local):
+            raise
+        message = "this is a latent diffusion checkpoint: set method: latent, or take another file"
+        raise UserError(f"{path}: {message}") from error
+
+
+def _matching_file(wanted: Shapes, path: str, local: str) -> Callable[[], Weights]:
+    state_dict = _load(path, local)
+    if not _is_state_dict(state_dict):
+        raise UserError(f"{path}: {_no_state_dict_message(state_dict)}")
+    _compare(path, wanted, _shapes(state_dict), explain_pixel_network)
+    return partial(_load, path, local) if _is_zip(local) else lambda: state_dict
+
+
+def _matching_part(wanted: Shapes, path: str, local: str, part: Part) -> Callable[[], Weights]:
+    stored = _load(path, local, lightning.read_state_dict, _WHOLE_MODEL)
+    names = _names_in_file(part, stored, wanted)
+    if problem := _part_problem(part, stored, names):
+        raise UserError(f"{path}: {problem}")
+    tensors = {name: stored[in_file] for name, in_file in names.items()}
+    _compare(path, wanted, _shapes(tensors), part.explain)
+    if part.average and not _averages(part, stored):
+        _warn_of_plain_weights(path)
+    return partial(_load, path, local, partial(lightning.map_tensors, tensors=tensors))
+
+
+def _names_in_file(part: Part, stored: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """The names of a part's tensors in a file, by the network's names for them."""
+    own = [name for name in stored if name.startswith(part.prefix)]
+    plain = {name.removeprefix(part.prefix): name for name in own}
+    averages = _averages(part, stored)
+    if not averages:
+        return plain
+    # Where dots were is told by the network's names and, if it is another, by the plain ones.
+    dotted = {part.stored_name(name): name for name in (*plain, *wanted)}
+    return {dotted.get(name, name): name for name in averages}
+
+
+def _averages(part: Part, stored: Iterable[str]) -> list[str]:
+    return [name for name in stored if part.average and name.startswith(part.average)]
+
+
+def _part_problem(part: Part, stored: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
+    """Why a file has not the part, in which all is to be a tensor; None: it has."""
+    if TIME_EMBED in stored:
+        return "this is a pixel-space model: set method: pixel, or take a latent diffusion one"
+    if not names:
+        first = f"; the first is '{shown(next(iter(stored)))}'" if stored else ""
+        return f"no whole latent diffusion model: no name in it begins with {part.prefix!r}{first}"
+    strange = [name for name in names.values() if stored[name] is None]
+    if strange:
+        return f"{shown(strange[0])} in it is no tensor of floating-point numbers"
+    return None
+
+
+@cache
+def _warn_of_plain_weights(path: str) -> None:
+    """Warn, once a run."""
+    if read_world().rank:
+        return
+    warnings.warn(
+        f"{path}: the file has no moving average (model_ema) of the weights; going on with the "
+        "plain ones, whose pictures are worse",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _is_latent(path: str) -> bool:
+    """Whether it is a file of latent diffusion, whatever else is wrong with it."""
+    names = {}
+    if _is_zip(path):
+        with suppress(Exception):  # it is damaged, as has been said
+            names = lightning.read_state_dict(path)
+    return any(name.startswith((LATENT_UNET.prefix, LATENT_UNET.average)) for name in names)
+
+
+def _compare(path: str, wanted: Shapes, found: Shapes, explain: Explain) -> None:
+    if wanted != found:
+        raise UserError(f"{path}: {difference_message(wanted, found, explain)}")
+
+
+def _shapes(weights: Mapping[str, torch.Tensor | StoredTensor]) -> Shapes:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def _own_weights(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return list(module.named_parameters(recurse=False))
+
+
+def _pieces(network: nn.Module) -> list[list[str]]:
+    """The names of the modules with weights, in pieces of about PIECE."""
+    pieces, size = [[]], 0
+    for name, module in network.named_modules():
+        weights = _own_weights(module)
+        if size > PIECE:
+            pieces, size = [*pieces, []], 0
+        if weights:
+            pieces[-1].append(name)
+            size += sum(weight.numel() for _, weight in weights)
+    return pieces
+
+
+def _is_state_dict(contents: Any) -> bool:
+    return isinstance(contents, Mapping) and all(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in contents.items()
+    )
+
+
+def _no_state_dict_message(contents: Any) -> str:
+    parts = contents.items() if isinstance(contents, Mapping) else ()
+    inside = [
+        key for key, value in parts if isinstance(key, str) and _is_state_dict(value) and value
+    ]
+    remedy = (
+        f"there is one inside, under '{shown(inside[0])}': save that alone"
+        if inside
+        else _NETWORK_ALONE
+    )
+    return f"not a plain state dict, which is a map of names to tensors; {remedy}"

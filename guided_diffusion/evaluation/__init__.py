@@ -1,0 +1,1 @@
+"""Results measured: metrics, their tables, the paper's."""

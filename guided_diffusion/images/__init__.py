@@ -1,0 +1,1 @@
+"""Images and masks: found, paired, read, checked, and cut into what the network sees."""

@@ -1,0 +1,211 @@
+"""Pictures: found in folders, read, prepared as the network sees them, and written as PNG.
+
+"Prepared" means uint8 RGB, (S, S, 3), S = image_size; (H, W, 3) where that is None, and pictures
+stay as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from guided_diffusion.config import UserError
+from guided_diffusion.machine import storage
+
+IMAGE_TYPES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
+
+
+# ---- Found ----
+
+
+# Where configs of this repository look for pictures that do not come with it.
+_SOURCES = {
+    "data/datasets/gts/portraits": "start it in the repository's folder",
+    "data/datasets/": "bash download.sh data fetches the original's example pictures",
+    "data/portraits": "python data/make_portraits.py data/portraits draws them",
+}
+
+
+def _how_to_get(path: str) -> str:
+    if storage.is_remote(path):
+        return ""
+    start = f" (relative paths start at the current directory, {os.getcwd()})"
+    return start + _hint(path)
+
+
+def _hint(path: str) -> str:
+    hints = (f"; {hint}" for start, hint in _SOURCES.items() if path.startswith(start))
+    return next(hints, "")
+
+
+def list_images(key: str, path: str) -> list[str]:
+    """The images that a path stands for; `key` is the config key that the path came from."""
+    try:
+        if not storage.exists(path):
+            raise UserError(f"{key}: no such file or folder: {path}{_how_to_get(path)}")
+        if not storage.is_dir(path):
+            return [path]
+        files = storage.list_files(path)
+    except OSError as error:
+        raise UserError(f"{key}: cannot read {path}: {reason(error)}") from error
+    images = [file for file in files if is_image_name(file)]
+    if not images:
+        raise UserError(
+            f"{key}: no images in folder {path} or its subfolders; "
+            f"accepted types: {', '.join(IMAGE_TYPES)}"
+        )
+    return images
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file of this name is taken for a picture."""
+    return PurePath(path).suffix.lower().removeprefix(".") in IMAGE_TYPES
+
+
+# ---- Read and prepared ----
+
+
+def prepare(image: Image.Image, image_size: int | None) -> np.ndarray:
+    """Turn any picture into what the network sees.
+
+    Turned upright as its EXIF data say, 16 bits scaled to 8 (value / 257, rounded; colour pictures
+    of 16 bits are already reduced by Pillow, which keeps the high byte: at most one level less),
+    first frame, RGB without alpha; then, unless `image_size` is None, reduced or enlarged until the
+    shorter side is `image_size`, and the centre cropped.
+
+    Returns uint8 (image_size, image_size, 3), or (H, W, 3). Raises ValueError for pixels without a
+    known range.
+    """
+    return resize_and_crop(_upright_rgb(image), image_size)
+
+
+def load_prepared(path: str, image_size: int | None) -> np.ndarray:
+    """Read and prepare a picture: uint8 (S, S, 3) or (H, W, 3). Raises UserError if it is bad."""
+    return resize_and_crop(read_rgb(path), image_size)
+
+
+def read_upright(path: str) -> Image.Image:
+    """A picture, decoded to its last pixel, upright, in its own mode. Raises UserError."""
+    with _opened(path) as image:
+        return ImageOps.exif_transpose(image)  # always a copy
+
+
+def read_rgb(path: str) -> Image.Image:
+    """A picture, decoded to its last pixel, upright, RGB of 8 bits. Raises UserError."""
+    with _opened(path) as image:
+        return _upright_rgb(image)
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """Height and width of a picture, upright, mostly from its first bytes. Raises UserError."""
+    with _opened(path) as image:
+        width, height = image.size
+        return (width, height) if _lies_on_its_side(image) else (height, width)
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    """Whether width and height of a picture, just opened, change places when it is put upright."""
+    if image.format == "TIFF":  # Pillow puts these upright by itself
+        return False
+    if image.format == "PNG" and not _METADATA & _kinds_of_chunks(image.fp):
+        return False  # Pillow would decode all pixels to look for more after them
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+_METADATA = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # chunks that may tell how a PNG is to be turned
+
+
+def _kinds_of_chunks(file: BinaryIO) -> set[bytes]:
+    """Those that a PNG file consists of; it is left at the place where it was."""
+    kinds, place = set(), file.tell()
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        kinds.add(head[4:])
+        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    file.seek(place)
+    return kinds
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """A picture to decode within the block. Raises UserError for whatever happens there."""
+    try:
+        with storage.open_binary(path) as file:
+            yield Image.open(file)
+    except Exception as error:  # Pillow reports damaged files by many unrelated types
+        raise UserError(
+            f"cannot read image {path}: {reason(error)}; replace or remove the file"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Why a picture cannot be read, in a few words."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "empty, damaged, or not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large, at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels are accepted"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)  # always a copy
+    # The alpha of a palette is dropped like any other; Pillow would recommend RGBA in a warning.
+    image.info.pop("transparency", None)
+    return _to_8_bits(image).convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey, where Pillow's `convert` would clip it. Raises ValueError."""
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)  # mode I is 32 bits wide, but used for 16-bit pictures too
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("pixels have more than 16 bits; save it with 8 or 16 bits")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+
+
+def resize_and_crop(image: Image.Image, image_size: int | None) -> np.ndarray:
+    """A picture as the square that the network sees: of RGB uint8 (image_size, image_size, 3).
+
+    None: as it is.
+    """
+    if image_size is None:
+        return np.array(image)
+    while min(image.size) >= 2 * image_size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = image_size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - image_size) // 2, (height - image_size) // 2
+    return np.array(image.crop((left, top, left + image_size, top + image_size)))
+
+
+# ---- Written ----
+
+
+def picture_grid(pictures: np.ndarray) -> np.ndarray:
+    """uint8 (N, S, S, 3) -> one picture, row by row, about as wide as high; the rest is black."""
+    number, size = pictures.shape[:2]
+    columns = math.ceil(math.sqrt(number))
+    rows = math.ceil(number / columns)
+    cells = np.zeros((rows * columns, size, size, 3), np.uint8)
+    cells[:number] = pictures
+    cells = cells.reshape(rows, columns, size, size, 3).swapaxes(1, 2)
+    return cells.reshape(rows * size, columns * size, 3)
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) -> the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,152 @@
+"""A pair as the sampler takes it, and the picture that its results become.
+
+With `fit: crop`, the network sees the centre square, as in the original, or, without an image_size,
+the picture as it is; with `fit: region`, a square around each hole of a photo, see `regions`.
+
+Networks of pixels take masks as they are. Latent diffusion knows only black and white: it fills in
+what is darker than CUT, and all else comes out as the image's own bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+
+from guided_diffusion.config import CUT, DatasetConfig
+from guided_diffusion.images.files import read_rgb, resize_and_crop
+from guided_diffusion.images.pairs import Pair
+from guided_diffusion.images.regions import (
+    Region,
+    cut_image,
+    cut_keep,
+    cut_start,
+    find_regions,
+    keep_of,
+    paste,
+)
+from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, read_mask, to_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What the network sees of a pair."""
+
+    image: torch.Tensor  # (3, H, W) float32 in [-1, 1]; H = W = S if there is an image_size S
+    keep_mask: torch.Tensor  # (3, H, W) float32 in [0, 1]; 1 = keep, 0 = fill in
+    start: torch.Tensor | None = None  # like the image: what to start from; None: pure noise
+
+
+@dataclass(frozen=True, eq=False)
+class Companions:
+    """Pictures that are written beside a result, uint8 (H, W, 3)."""
+
+    gt: np.ndarray
+    gt_masked: np.ndarray
+    keep_mask: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """The centre square of a pair, or the pair as it is."""
+
+    image: np.ndarray  # uint8 (H, W, 3)
+    mask: np.ndarray  # uint8 (H, W, 3), white = keep; black and white alone if known_from is CUT
+    known_from: int | None = None  # level of the mask from which the image's own bytes come out
+    start: np.ndarray | None = None  # uint8 (H, W, 3)
+    views = 1
+
+    def view(self, k: int = 0) -> View:
+        """The picture itself, the only one."""
+        start = None if self.start is None else image_to_tensor(self.start)
+        return View(image_to_tensor(self.image), mask_to_tensor(self.mask), start)
+
+    def finish(self, results: Sequence[np.ndarray]) -> np.ndarray:
+        """The picture to write. results: of each view, uint8 (H, W, 3)."""
+        (result,) = results
+        if self.known_from is None:
+            return result
+        return np.where(self.mask >= self.known_from, self.image, result)
+
+    def companions(self) -> Companions:
+        """The picture, masked and mask: what the network sees, or bytes that results keep."""
+        if self.known_from == CUT:
+            return Companions(self.image, self.image * (self.mask >= CUT), self.mask)
+        gt, m = image_to_tensor(self.image), mask_to_tensor(self.mask)
+        return Companions(*to_bytes(torch.stack([gt, gt * m - (1 - m), 2 * m - 1])))
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """A whole photo, of which the network sees the surroundings of its holes."""
+
+    image: np.ndarray  # uint8 (H, W, 3)
+    keep: np.ndarray  # bool (H, W)
+    image_size: int
+    start: np.ndarray | None = None  # uint8 (H, W, 3)
+
+    @cached_property
+    def regions(self) -> list[Region]:
+        """Squares that cover all holes."""
+        return find_regions(self.keep, self.image_size)
+
+    @property
+    def views(self) -> int:
+        """How many there are: one a region, none if nothing is to be filled in."""
+        return len(self.regions)
+
+    def view(self, k: int) -> View:
+        """The k-th region, scaled to the network's size."""
+        region = self.regions[k]
+        image = cut_image(self.image, self.keep, region, self.image_size)
+        keep = cut_keep(self.keep, region, self.image_size)
+        keep_mask = torch.from_numpy(keep).float().expand(3, -1, -1)  # (3, S, S)
+        if self.start is None:
+            return View(image_to_tensor(image), keep_mask)
+        start = cut_start(self.start, region, self.image_size)
+        return View(image_to_tensor(image), keep_mask, image_to_tensor(start))
+
+    def finish(self, results: Sequence[np.ndarray]) -> np.ndarray:
+        """The photo with its holes filled in. results: of each view, uint8 (S, S, 3)."""
+        return paste(self.image, self.keep, self.regions, results, self.image_size)
+
+    def companions(self) -> Companions:
+        """The photo, its bytes as they are, masked, and its mask."""
+        keep = np.repeat(self.keep[..., None], 3, axis=2)
+        return Companions(self.image, self.image * keep, keep * np.uint8(255))
+
+
+def load_example(
+    pair: Pair,
+    dataset: DatasetConfig,
+    image_size: int | None,
+    *,
+    flip: bool = False,
+    known_from: int | None = None,
+) -> Crop | Photo:
+    """Read a pair. Raises UserError that names a bad file.
+
+    The picture to start from is prepared as the image is. image_size: None: pictures are left as
+    they are, and the mask must be as large as the image. flip: a crop is mirrored left to right.
+    known_from: of a crop, the level of the prepared mask from which pixels come out as they are;
+    CUT: the mask is cut there. A photo's mask is always cut, and its known pixels never change.
+    """
+    image = read_rgb(pair.image_path)
+    mask = read_mask(pair.mask_path, dataset.mask_convention)
+    starts = [read_rgb(pair.start_path)] if pair.start_path else []
+    if dataset.fit == "region":
+        return Photo(np.asarray(image), keep_of(mask), image_size, *map(np.asarray, starts))
+    prepared = [resize_and_crop(picture, image_size) for picture in (image, mask, *starts)]
+    image, mask, *starts = map(np.fliplr, prepared) if flip else prepared
+    if known_from == CUT:
+        mask = black_and_white(mask)
+    return Crop(image, mask, known_from, *starts)
+
+
+def black_and_white(mask: Image.Image | np.ndarray) -> np.ndarray:
+    """A mask, a picture or uint8 (H, W, 3), cut at CUT: uint8 (H, W, 3) of 0 and 255."""
+    return np.repeat(keep_of(mask)[..., None] * np.uint8(255), 3, axis=2)

@@ -1,0 +1,1 @@
+"""Masks: drawn, or taken from pictures."""

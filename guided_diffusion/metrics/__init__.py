@@ -1,1 +1,0 @@
-"""How far a picture is from the truth: per pixel, by structure, and as a network sees it."""

@@ -1,0 +1,286 @@
+"""The report of a run: a page that shows its pictures side by side, and opens from the disk.
+
+The page, report.html, holds its own style and script, and links to the pictures; those that are
+large, or that a browser cannot show or reach, get a smaller copy in the folder `report` beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from pathlib import Path, PurePath
+from string import Template
+from urllib.parse import quote
+
+from PIL import Image
+
+from guided_diffusion.config import UserError
+from guided_diffusion.images import files
+from guided_diffusion.machine import storage
+
+LARGE = 512  # the longest side of a picture that is shown as it is, in pixels
+THREADS = 4  # that make thumbnails; each holds one picture, of any size
+
+_TEMPLATE = Path(__file__).with_name("report_template.html")
+_SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a run. Paths are as the program uses them, on this machine or in a store."""
+
+    name: str  # sub/x.png
+    input: str | None  # None if the run does not write it
+    masked: str
+    results: tuple[str, ...]  # one a sample, at least one
+    seconds: tuple[float, ...]  # one a sample
+    seeds: tuple[int, ...]  # one a sample
+    process: str | None = None  # the animation of how it was made
+
+    def pictures(self) -> tuple[str, ...]:
+        """The paths of all its pictures."""
+        return (*filter(None, [self.input]), self.masked, *self.results)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture as the page needs it."""
+
+    link: str  # URL of the file itself
+    shown: str  # URL of the file, or of its thumbnail
+    size: tuple[int, int]  # of what is shown; (1, 1) if it cannot be read
+
+
+def write_report(path: str, title: str, facts: Mapping[str, str], rows: Iterable[Row]) -> None:
+    """Write the page at `path`, such as log/NAME/report.html, and thumbnails beside it.
+
+    facts: what to say about the whole run, name -> value, in the order to be shown.
+    Links are relative to the page's folder wherever that can be, so that the log folder can be
+    moved; the page is the same bytes when nothing changed. Thumbnails of unchanged pictures are
+    kept. Raises OSError; the page, written last, is then what it was.
+    """
+    rows = list(rows)
+    paths = list(dict.fromkeys(path for row in rows for path in row.pictures()))
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(paths, pool.map(partial(_picture, page=path), paths), strict=True))
+    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        facts=_lines(_fact(name, value) for name, value in facts.items()),
+        rows=_lines(_row(row, found, path) for row in rows) or "<p>No images yet.</p>",
+    )
+    # A file's name may have bytes that are no text.
+    storage.write_atomically(path, page.encode("utf-8", errors="replace"))
+
+
+# ---- Links and thumbnails ----
+
+
+def _picture(path: str, page: str) -> _Picture:
+    """How the page shows a picture, for which a thumbnail is made if it needs one."""
+    link = _link(path, page)
+    if _can_be_shown(path, link):
+        size = _size(path)
+        if size and max(size) <= LARGE:
+            return _Picture(link, link, size)
+    thumbnail = f"{_beside(page)}/{hashlib.sha256(link.encode()).hexdigest()[:20]}.jpg"
+    if not _is_of(thumbnail, path):
+        try:
+            _write_thumbnail(path, thumbnail)
+        except UserError:  # it cannot be read; perhaps the browser does better
+            return _Picture(link, link, (1, 1))
+    return _Picture(link, _link(thumbnail, page), _size(thumbnail) or (1, 1))
+
+
+def _beside(page: str) -> str:
+    """The folder of a page's thumbnails."""
+    return os.path.splitext(page)[0]
+
+
+def _can_be_shown(path: str, link: str) -> bool:
+    """Whether a browser can show a picture from the disk, without a look at its size."""
+    return PurePath(path).suffix.lower() in _SHOWN_BY_BROWSERS and ":" not in link
+
+
+def _size(path: str) -> tuple[int, int] | None:
+    """Width and height of a picture, by its first bytes; None if they cannot be read."""
+    try:
+        with storage.open_binary(path) as file, Image.open(file) as image:
+            return image.size
+    except Exception:  # Pillow reports damaged files by many unrelated types
+        return None
+
+
+def _write_thumbnail(path: str, thumbnail: str) -> None:
+    """Raises UserError if the picture cannot be read, OSError if nothing can be written."""
+    image = files.read_rgb(path)
+    image.thumbnail((LARGE, LARGE))
+    content = io.BytesIO()
+    image.save(content, format="JPEG", quality=90)
+    storage.write_atomically(thumbnail, content.getvalue())
+    if not storage.is_remote(path) and not storage.is_remote(thumbnail):
+        time = os.stat(path).st_mtime_ns
+        os.utime(thumbnail, ns=(time, time))
+
+
+def _is_of(thumbnail: str, path: str) -> bool:
+    """Whether a thumbnail is there, of a picture as it is now: then it has its time."""
+    try:
+        return os.stat(thumbnail).st_mtime_ns == os.stat(path).st_mtime_ns
+    except OSError:  # also where one is in a store
+        return False
+
+
+def _link(path: str, page: str) -> str:
+    """The URL of a file: relative to the page, if both are on one drive or in one store."""
+    if _root(path) == _root(page):
+        return _quote(_relative(path, page))
+    if not storage.is_remote(path):
+        return Path(path).absolute().as_uri()
+    kind, _, rest = path.partition("://")
+    if kind == "gs":
+        return f"https://storage.googleapis.com/{_quote(rest)}"
+    if kind == "az":
+        account, _, rest = rest.partition("/")
+        return f"https://{account}.blob.core.windows.net/{_quote(rest)}"
+    return f"{kind}://{_quote(rest)}"
+
+
+def _root(path: str) -> str:
+    """What two paths must share for one to be reached from the other: gs://bucket, or a drive."""
+    if storage.is_remote(path):
+        return "/".join(path.split("/", 3)[:3])
+    return os.path.splitdrive(os.path.abspath(path))[0].lower()
+
+
+def _relative(path: str, page: str) -> str:
+    if storage.is_remote(path):
+        return posixpath.relpath(_key(path), posixpath.dirname(_key(page)))
+    # By the paths' text, as browsers do it, links or not.
+    return PurePath(os.path.relpath(path, os.path.dirname(os.path.abspath(page)))).as_posix()
+
+
+def _key(path: str) -> str:
+    """The path within its store, with a slash before it."""
+    return path[len(_root(path)) :]
+
+
+def _quote(path: str) -> str:
+    return quote(path.encode("utf-8", errors="surrogateescape"))
+
+
+# ---- HTML ----
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A picture in its row."""
+
+    kind: str  # Input, Masked, Result, Result 2
+    alt: str
+    picture: _Picture
+
+    def image(self, side: str = "") -> str:
+        """side: of the comparison, left or right."""
+        place = f' class="{side}"' if side else ""
+        return (
+            f'<img{place} src="{self.picture.shown}" alt="{self.alt}" '
+            'loading="lazy" decoding="async" draggable="false">'
+        )
+
+    def button(self, caption: str, pressed: bool) -> str:
+        """A button that brings the picture into the comparison."""
+        return (
+            f'<button type="button" aria-pressed="{str(pressed).lower()}" '
+            f'title="{self.alt}" value="{self.picture.shown}">{caption}</button>'
+        )
+
+    def figure(self, remark: str) -> str:
+        """The picture, a link to its file, and what to say below it."""
+        return (
+            f'<figure><a href="{self.picture.link}">{self.image()}</a>'
+            f"<figcaption><b>{self.kind}</b>{remark}</figcaption></figure>"
+        )
+
+
+def _fact(name: str, value: str) -> str:
+    return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+
+
+def _row(row: Row, found: Mapping[str, _Picture], page: str) -> str:
+    shown = [
+        _Shown(kind, escape(f"{kind} of {row.name}"), found[path])
+        for kind, path in zip(_kinds(row), row.pictures(), strict=True)
+    ]
+    before, results = shown[: -len(row.results)], shown[-len(row.results) :]
+    width, height = results[0].picture.size
+    remarks = [""] * len(before) + [
+        f'<span class="number">{_duration(seconds)}</span><span class="number">seed {seed}</span>'
+        for seconds, seed in zip(row.seconds, row.seeds, strict=True)
+    ]
+    figures = (each.figure(remark) for each, remark in zip(shown, remarks, strict=True))
+    return (
+        f'<article class="row" style="--ratio:{width}/{height}">\n{_head(row, page)}\n'
+        f"{_comparison(row.name, before, results)}\n"
+        f'<div class="pictures">\n{_lines(figures)}\n</div>\n</article>'
+    )
+
+
+def _kinds(row: Row) -> list[str]:
+    """What the pictures of a row are, in their order."""
+    number = len(row.results)
+    results = [f"Result {i}" for i in range(1, number + 1)] if number > 1 else ["Result"]
+    return [*(["Input"] if row.input else []), "Masked", *results]
+
+
+def _head(row: Row, page: str) -> str:
+    folder, name = posixpath.split(row.name)
+    folder = f"<span>{escape(folder)}/</span>" if folder else ""
+    process = f'<a href="{_link(row.process, page)}">Watch the process</a>' if row.process else ""
+    return f'<div class="head"><h2>{folder}{escape(name)}</h2>{process}</div>'
+
+
+def _comparison(name: str, before: Sequence[_Shown], results: Sequence[_Shown]) -> str:
+    """Two pictures, one upon the other, which is cut off where the handle is."""
+    stage = f'{before[0].image("left")}{results[0].image("right")}<div class="handle"></div>'
+    label = escape(f"{name}: share of the left picture, in percent")
+    numbers = [str(number) for number in range(1, len(results) + 1)]
+    choices = _choices("", before, [each.kind for each in before], "left")
+    choices += _choices("Result", results, numbers, "right")
+    return (
+        f'<div class="compare"><div class="stage">{stage}</div>\n'
+        f'<input type="range" value="50" autocomplete="off" aria-label="{label}">\n'
+        f'<div class="choices">{choices}</div></div>'
+    )
+
+
+def _choices(label: str, shown: Sequence[_Shown], captions: Sequence[str], side: str) -> str:
+    """What is on one side of the comparison: buttons to choose from, or the only picture's kind."""
+    if len(shown) == 1:
+        return f'<span class="label">{shown[0].kind}</span>'
+    label = f'<span class="label">{label}</span>' if label else ""
+    buttons = "".join(
+        each.button(caption, pressed=each is shown[0])
+        for each, caption in zip(shown, captions, strict=True)
+    )
+    return f'<span data-side="{side}">{label}{buttons}</span>'
+
+
+def _duration(seconds: float) -> str:
+    """3.9 s, 1 min 05 s, 2 h 03 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _lines(parts: Iterable[str]) -> str:
+    return "\n".join(parts)

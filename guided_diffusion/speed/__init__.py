@@ -1,0 +1,1 @@
+"""The same network, computed faster: precision, layers for CPUs, compiler, CUDA graph."""
