@@ -570,7 +570,7 @@ def test_the_python_interpreter_itself_sees_nothing_happen(tmp_path):
     torch.save({"state_dict": {"a": MATRIX}}, tmp_path / "warm.ckpt")
     script = """
 import sys
-from guided_diffusion.lightning import map_tensors, read_state_dict
+from guided_diffusion.checkpoints.lightning import map_tensors, read_state_dict
 def read(path):
     stored = read_state_dict(path)
     return map_tensors(path, {name: each for name, each in stored.items() if each})

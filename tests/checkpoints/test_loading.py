@@ -266,7 +266,9 @@ def test_an_empty_file(tmp_path):
 def test_text_or_a_web_page(tmp_path, content):
     (tmp_path / "page.pt").write_text(content)
     message = refusal(denoiser(), tmp_path / "page.pt")
-    assert "this is no loading, but a file of another kind, such as text or a web page" in message
+    assert (
+        "this is no checkpoint, but a file of another kind, such as text or a web page" in message
+    )
 
 
 def test_a_folder(tmp_path):
@@ -928,7 +930,7 @@ def test_a_latent_checkpoint_for_a_pixel_one(tmp_path, average):
 # What a latent file may be that is none, and what is said then.
 NO_LATENT_FILES = {
     "empty": (b"", "the file is empty"),
-    "text": (b"<!DOCTYPE html>", "this is no loading, but a file of another kind"),
+    "text": (b"<!DOCTYPE html>", "this is no checkpoint, but a file of another kind"),
     "pickle": (pickle.dumps({}), "this is a file of torch before 1.6;"),
 }
 

@@ -530,7 +530,7 @@ def test_every_key_of_latent_diffusion_is_known_to_change_pixels_or_not(tmp_path
     case = TwoSizes(tmp_path)
     keys = set(to_yaml_dict(case.config()))
     monkeypatch.setattr(
-        "guided_diffusion.run.plan.to_yaml_dict", lambda config, defaults: to_yaml_dict(config)
+        "guided_diffusion.run.recipe.to_yaml_dict", lambda config, defaults: to_yaml_dict(config)
     )
     counted = {key.split(".")[0] for key in case.identity.settings}
     assert {"method", "image_size", "ddim_steps", "ddim_eta", "latent"} <= counted

@@ -205,7 +205,7 @@ def shown_for(path: Path) -> list[int]:
     """For how many ms each frame is shown."""
     with Image.open(path) as animation:
         assert animation.info["loop"] == 0  # again and again
-        return [f.info["duration"] for f in ImageSequence.Iterator(film) if f.load()]
+        return [f.info["duration"] for f in ImageSequence.Iterator(animation) if f.load()]
 
 
 def mark_of(frame: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from guided_diffusion.images.tensors import flip_decision
 from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import Team, World
 from guided_diffusion.run import plan as planning
+from guided_diffusion.run import recipe
 from guided_diffusion.run.plan import Plan, from_json, make_plan, share_plan, to_json
 from guided_diffusion.run.records import Records
 from guided_diffusion.speed.choice import Speed
@@ -315,7 +316,7 @@ def test_a_setting_that_changes_pixels_does_all_again(case, change):
 
 def test_another_version_of_the_program_does_all_again(case):
     case.finish()
-    with patch.object(planning, "PIXELS", planning.PIXELS + 1):
+    with patch.object(recipe, "PIXELS", recipe.PIXELS + 1):
         plan = case.plan()
     assert set(plan.redo.values()) == {"version of the program was 1, is 2"}
 
@@ -361,7 +362,7 @@ def test_a_setting_that_changes_no_pixel_does_nothing_again(case, change):
 def test_every_key_of_a_config_is_known_to_change_pixels_or_not(case):
     """A key that is new to the vocabulary belongs to one of them."""
     keys = set(to_yaml_dict(case.config())) | {"classifier_path"}
-    with patch.object(planning, "to_yaml_dict", lambda config, defaults: to_yaml_dict(config)):
+    with patch.object(recipe, "to_yaml_dict", lambda config, defaults: to_yaml_dict(config)):
         counted = {key.split(".")[0] for key in case.identity.settings}
     assert keys - counted == {
         *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),

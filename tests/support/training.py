@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import yaml
 from PIL import Image
 
@@ -50,11 +49,6 @@ EVERYTHING = {
     "lr_anneal_steps": 16,
     "grad_clip": 1.0,
 }
-
-
-@pytest.fixture
-def data_dir(tmp_path) -> Path:
-    return write_images(tmp_path / "images", *(f"{i}.png" for i in range(6)))
 
 
 def write_images(folder: Path, *names: str) -> Path:

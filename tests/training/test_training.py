@@ -36,6 +36,11 @@ from tests.support.training import (
 )
 
 
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    return write_images(tmp_path / "images", *(f"{i}.png" for i in range(6)))
+
+
 @pytest.fixture(autouse=True)
 def quick():
     """Tiny networks are faster so, and sums have one order, in this process and in others."""
