@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from guided_diffusion.gaussian_diffusion import Ddim, ReverseStep
+from guided_diffusion.gaussian_diffusion import Ddim, ReverseStep, at
 from guided_diffusion.respace import Process
 
 Denoiser = Callable[[torch.Tensor, int, torch.Tensor], ReverseStep]
@@ -66,7 +66,7 @@ def guided_x0(denoiser: Denoiser, classifier: Network, process: Process, scale: 
         p = denoiser(x_t, t, y)
         gradient = _log_likelihood_gradient(classifier, process, x_t, t, y)
         eps = diffusion.predict_eps(x_t, t, p.pred_x0)
-        eps = eps - diffusion.at("sqrt_one_minus_alphas_cumprod", t) * scale * gradient
+        eps = eps - at(diffusion.tables.sqrt_one_minus_alphas_cumprod, t) * scale * gradient
         x0 = diffusion.predict_x0(x_t, t, eps)
         return ReverseStep(diffusion.posterior_mean(x0, x_t, t), p.log_variance, x0)
 

@@ -75,7 +75,7 @@ def build_inpainter(
         config.network.image_size,
         num_classes=NUM_CLASSES,
         cond_y=config.cond_y,
-        inject_known=config.inpa_inj_sched_prev,
+        merge_known=config.inpa_inj_sched_prev,
         time_shift=config.inpa_inj_time_shift,
         paste_known=config.paste_known,
         start_from=_kind_of_start(config.start_from),

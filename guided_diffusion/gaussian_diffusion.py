@@ -8,9 +8,12 @@ Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM); Nichol & Dhar
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
 
 
 def beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
@@ -44,6 +47,23 @@ class ReverseStep:
     @property
     def sigma(self) -> torch.Tensor:
         return (0.5 * self.log_variance).exp()
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The factors of a diffusion that meet tensors: float32 (N,) each, on its device."""
+
+    betas: torch.Tensor
+    log_betas: torch.Tensor
+    alphas_cumprod: torch.Tensor
+    sqrt_alphas_cumprod: torch.Tensor
+    sqrt_one_minus_alphas_cumprod: torch.Tensor
+    sqrt_recip_alphas_cumprod: torch.Tensor
+    sqrt_recipm1_alphas_cumprod: torch.Tensor
+    posterior_mean_coef_x0: torch.Tensor
+    posterior_mean_coef_xt: torch.Tensor
+    posterior_log_variance_clipped: torch.Tensor
+    fixed_log_variance: torch.Tensor
 
 
 class GaussianDiffusion:
@@ -103,61 +123,56 @@ class GaussianDiffusion:
         return max(1.0, float(limits.min(initial=np.inf)))  # 1 always fits, but for rounding
 
     @cached_property
-    def _tables(self) -> dict[str, torch.Tensor]:
+    def tables(self) -> "Tables":
         """Every factor that meets a tensor."""
         abar = self.alphas_cumprod
-        tables = {
-            "betas": self.betas,
-            "log_betas": np.log(self.betas),
-            "alphas_cumprod": abar,
-            "sqrt_alphas_cumprod": np.sqrt(abar),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - abar),
-            "sqrt_recip_alphas_cumprod": np.sqrt(1 / abar),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / abar - 1),
-            "posterior_mean_coef_x0": self.posterior_mean_coef_x0,
-            "posterior_mean_coef_xt": self.posterior_mean_coef_xt,
-            "posterior_log_variance_clipped": self.posterior_log_variance_clipped,
-            "fixed_log_variance": self.fixed_log_variance,
-        }
-        return as_tensors(tables, self.device)
-
-    def at(self, table: str, t: int | torch.Tensor) -> torch.Tensor:
-        """A table's float32 entry at time t, shaped to broadcast over (B, C, H, W)."""
-        return entry(self._tables[table], t)
+        return on_device(
+            Tables,
+            self.device,
+            betas=self.betas,
+            log_betas=np.log(self.betas),
+            alphas_cumprod=abar,
+            sqrt_alphas_cumprod=np.sqrt(abar),
+            sqrt_one_minus_alphas_cumprod=np.sqrt(1 - abar),
+            sqrt_recip_alphas_cumprod=np.sqrt(1 / abar),
+            sqrt_recipm1_alphas_cumprod=np.sqrt(1 / abar - 1),
+            posterior_mean_coef_x0=self.posterior_mean_coef_x0,
+            posterior_mean_coef_xt=self.posterior_mean_coef_xt,
+            posterior_log_variance_clipped=self.posterior_log_variance_clipped,
+            fixed_log_variance=self.fixed_log_variance,
+        )
 
     def q_sample(
         self, x0: torch.Tensor, t: int | torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
         """x_t ~ q(x_t | x_0), for this standard normal noise (DDPM eq. 4)."""
-        return (
-            self.at("sqrt_alphas_cumprod", t) * x0
-            + self.at("sqrt_one_minus_alphas_cumprod", t) * noise
-        )
+        tables = self.tables
+        signal, sigma = tables.sqrt_alphas_cumprod, tables.sqrt_one_minus_alphas_cumprod
+        return at(signal, t) * x0 + at(sigma, t) * noise
 
     def predict_x0(
         self, x_t: torch.Tensor, t: int | torch.Tensor, eps: torch.Tensor
     ) -> torch.Tensor:
         """The x_0 from which this noise eps leads to x_t."""
-        return (
-            self.at("sqrt_recip_alphas_cumprod", t) * x_t
-            - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
-        )
+        tables = self.tables
+        scale, sigma = tables.sqrt_recip_alphas_cumprod, tables.sqrt_recipm1_alphas_cumprod
+        return at(scale, t) * x_t - at(sigma, t) * eps
 
     def predict_eps(
         self, x_t: torch.Tensor, t: int | torch.Tensor, x0: torch.Tensor
     ) -> torch.Tensor:
         """The noise that leads from this x0 to x_t."""
-        return (self.at("sqrt_recip_alphas_cumprod", t) * x_t - x0) / self.at(
-            "sqrt_recipm1_alphas_cumprod", t
-        )
+        tables = self.tables
+        scale, sigma = tables.sqrt_recip_alphas_cumprod, tables.sqrt_recipm1_alphas_cumprod
+        return (at(scale, t) * x_t - x0) / at(sigma, t)
 
     def posterior_mean(
         self, x0: torch.Tensor, x_t: torch.Tensor, t: int | torch.Tensor
     ) -> torch.Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
-        return (
-            self.at("posterior_mean_coef_x0", t) * x0 + self.at("posterior_mean_coef_xt", t) * x_t
-        )
+        tables = self.tables
+        c_0, c_t = tables.posterior_mean_coef_x0, tables.posterior_mean_coef_xt
+        return at(c_0, t) * x0 + at(c_t, t) * x_t
 
     def reverse_step(
         self,
@@ -184,11 +199,21 @@ class GaussianDiffusion:
 
     def _log_variance(self, v: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
         """v: (B, C or 0, H, W): no channels, no learned variance."""
+        tables = self.tables
         if v.shape[1] == 0:
-            return self.at("fixed_log_variance", t)
+            return at(tables.fixed_log_variance, t)
         fraction = (v + 1) / 2
-        lower, upper = self.at("posterior_log_variance_clipped", t), self.at("log_betas", t)
+        lower, upper = at(tables.posterior_log_variance_clipped, t), at(tables.log_betas, t)
         return fraction * upper + (1 - fraction) * lower
+
+
+@dataclass(frozen=True)
+class DdimTables:
+    """The factors of DDIM's steps: float32 (N,) each."""
+
+    sqrt_abar_prev: torch.Tensor
+    eps_factor: torch.Tensor
+    log_variance: torch.Tensor
 
 
 class Ddim:
@@ -205,29 +230,31 @@ class Ddim:
         abar_prev = diffusion.alphas_cumprod_prev
         variance = (eta * np.sqrt(diffusion.posterior_variance)) ** 2  # σ²
         with np.errstate(divide="ignore"):  # log 0 = −inf
-            tables = {
-                "sqrt_abar_prev": np.sqrt(abar_prev),
-                "eps_factor": np.sqrt(np.maximum(1 - abar_prev - variance, 0)),
-                "log_variance": np.log(variance),
-            }
-        self._tables = as_tensors(tables, diffusion.device)
+            self.tables = on_device(
+                DdimTables,
+                diffusion.device,
+                sqrt_abar_prev=np.sqrt(abar_prev),
+                eps_factor=np.sqrt(np.maximum(1 - abar_prev - variance, 0)),
+                log_variance=np.log(variance),
+            )
 
     def step(self, x0: torch.Tensor, x_t: torch.Tensor, t: int | torch.Tensor) -> ReverseStep:
         """p(x_{t-1} | x_t), if x0 is what the network sees in x_t; each (B, C, H, W)."""
-        at = {name: entry(table, t) for name, table in self._tables.items()}
         eps = self.diffusion.predict_eps(x_t, t, x0)
-        mean = at["sqrt_abar_prev"] * x0 + at["eps_factor"] * eps
-        return ReverseStep(mean, at["log_variance"], x0)
+        mean = at(self.tables.sqrt_abar_prev, t) * x0 + at(self.tables.eps_factor, t) * eps
+        return ReverseStep(mean, at(self.tables.log_variance, t), x0)
 
 
-def as_tensors(tables: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """The tables as they meet tensors: float32, on the device, so that no step waits."""
-    return {
-        name: torch.from_numpy(table.astype(np.float32)).to(device)
-        for name, table in tables.items()
-    }
+def on_device(kind: type[T], device: torch.device, **tables: np.ndarray) -> T:
+    """Tables as they meet tensors: float32, on the device, so that no step waits."""
+    return kind(
+        **{
+            name: torch.from_numpy(table.astype(np.float32)).to(device)
+            for name, table in tables.items()
+        }
+    )
 
 
-def entry(table: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
+def at(table: torch.Tensor, t: int | torch.Tensor) -> torch.Tensor:
     """What a table (N,) has for time t, shaped to broadcast over (B, C, H, W)."""
     return table[t].view(-1, 1, 1, 1)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
 from typing import Literal, TypeVar, overload
 
 import numpy as np
@@ -13,9 +13,16 @@ from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.images.files import prepare
 from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, paste_known, to_bytes
-from guided_diffusion.repaint import Evaluation, SamplerState, repaint
+from guided_diffusion.repaint import repaint
 from guided_diffusion.scheduler import count_evaluations
-from guided_diffusion.streams import Streams
+from guided_diffusion.streams import (
+    AfterEvaluation,
+    Evaluation,
+    Known,
+    SamplerState,
+    Streams,
+    begin,
+)
 
 Progress = Callable[[int, int, torch.Tensor], None]  # (done, total, x_0 estimate)
 Pictures = TypeVar("Pictures", torch.Tensor, Sequence[Image.Image])
@@ -41,19 +48,19 @@ class Inpainter(ABC):
         keep_mask: torch.Tensor,
         seeds: Sequence[int],
         *,
-        picture: torch.Tensor | None = None,
-        start: SamplerState | None = None,
-        after_evaluation: Callable[[Evaluation], None] | None = None,
+        start_picture: torch.Tensor | None = None,
+        resume: SamplerState | None = None,
+        after_evaluation: AfterEvaluation | None = None,
     ) -> torch.Tensor:
         """The sampler's own output for a batch, one seed an image; shapes as in `__call__`.
 
-        picture: what to start from, like gt; None: pure noise. start: the state in which the same
-        batch was stopped; after_evaluation: see `repaint`.
+        start_picture: what sampling starts from, like gt; None: pure noise. resume: the state in
+        which the same batch was stopped. after_evaluation: called after each one, see `repaint`.
         Raises NonFiniteError where the network's output is not finite.
         """
 
-    def cut(self, keep_mask: torch.Tensor) -> torch.Tensor:
-        """The keep mask as this inpainter understands it, of the same shape."""
+    def prepare_mask(self, keep_mask: torch.Tensor) -> torch.Tensor:
+        """The keep mask as the model takes it, of the same shape."""
         return keep_mask
 
     def as_pictures(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -62,6 +69,12 @@ class Inpainter(ABC):
         size: (H, W) of the batch.
         """
         return x
+
+    def first_step(self) -> "Inpainter":
+        """This inpainter with a walk of one evaluation, which needs as much memory as all."""
+        shortened = copy(self)
+        shortened.times = (self.times[0], self.times[-1])
+        return shortened
 
     @property
     def evaluations(self) -> int:
@@ -126,11 +139,13 @@ class Inpainter(ABC):
         keep_mask: torch.Tensor,
         seed: int,
         progress: Progress | None,
-        picture: torch.Tensor | None,
+        start_picture: torch.Tensor | None,
     ) -> torch.Tensor:
         count = progress and _Counter(progress, self.evaluations)
         seeds = range(seed, seed + len(gt))
-        return self.sample(gt, keep_mask, seeds, picture=picture, after_evaluation=count)
+        return self.sample(
+            gt, keep_mask, seeds, start_picture=start_picture, after_evaluation=count
+        )
 
     def _inpaint_tensors(
         self,
@@ -145,7 +160,7 @@ class Inpainter(ABC):
         if picture is not None:
             _check_start_tensor(picture, images)
             picture = picture.float()
-        gt, keep_mask = images.float(), self.cut(keep_masks.float())
+        gt, keep_mask = images.float(), self.prepare_mask(keep_masks.float())
         x = self._sample(gt, keep_mask, seed, progress, picture)
         return torch.where(keep_mask.cpu() == 1, gt.cpu(), x) if self.paste_known else x
 
@@ -166,7 +181,7 @@ class Inpainter(ABC):
         originals = [prepare(image, self.image_size) for image in images]
         masks = [mask_to_tensor(prepare(m, self.image_size)) for m in keep_masks]
         _check_sizes(originals, masks)
-        masks = self.cut(torch.stack(masks))
+        masks = self.prepare_mask(torch.stack(masks))
         gt = torch.stack([image_to_tensor(original) for original in originals])
         results = to_bytes(self._sample(gt, masks, seed, progress, picture))
         if self.paste_known:
@@ -189,20 +204,37 @@ class Inpainter(ABC):
         return images if given is None and self.start_from == "image" else given
 
 
-@dataclass(frozen=True)
 class PixelInpainter(Inpainter):
     """RePaint: the network sees the pixels themselves."""
 
-    denoiser: Denoiser
-    diffusion: GaussianDiffusion
-    times: Sequence[int]
-    image_size: int
-    num_classes: int = 1000
-    cond_y: int | None = None  # None: a class drawn for each image
-    inject_known: bool = True  # False: free sampling, whatever the image
-    time_shift: int = 1
-    paste_known: bool = False
-    start_from: Start = "noise"
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        diffusion: GaussianDiffusion,
+        times: Sequence[int],
+        image_size: int,
+        *,
+        num_classes: int = 1000,
+        cond_y: int | None = None,
+        merge_known: bool = True,
+        time_shift: int = 1,
+        paste_known: bool = False,
+        start_from: Start = "noise",
+    ):
+        """times: the walk, see `scheduler`. cond_y: the class of all images; None: one drawn for
+        each of num_classes. merge_known: False samples freely, whatever the image. time_shift: see
+        `repaint`. paste_known: known pixels come out exactly, where the inpainter is called.
+        """
+        self.denoiser = denoiser
+        self.diffusion = diffusion
+        self.times = times
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.cond_y = cond_y
+        self.merge_known = merge_known
+        self.time_shift = time_shift
+        self.paste_known = paste_known
+        self.start_from = start_from
 
     def sample(
         self,
@@ -210,39 +242,41 @@ class PixelInpainter(Inpainter):
         keep_mask: torch.Tensor,
         seeds: Sequence[int],
         *,
-        picture: torch.Tensor | None = None,
-        start: SamplerState | None = None,
-        after_evaluation: Callable[[Evaluation], None] | None = None,
+        start_picture: torch.Tensor | None = None,
+        resume: SamplerState | None = None,
+        after_evaluation: AfterEvaluation | None = None,
     ) -> torch.Tensor:
         """See `Inpainter.sample`."""
-        device = self.diffusion.device
-        streams = Streams(seeds, device)
-        if self.cond_y is None:
-            y = streams.classes(self.num_classes)  # drawn for unconditional networks too
-        else:
-            y = torch.full((len(seeds),), self.cond_y, device=device)
-        gt, keep_mask = (
-            tensor.to(device).contiguous(memory_format=torch.channels_last)
-            for tensor in (gt, keep_mask.expand_as(gt))
-        )
-        if picture is not None:
-            picture = picture.to(device).contiguous(memory_format=torch.channels_last)
+        streams = Streams(seeds, self.diffusion.device)
+        y = self._classes(streams)
+        known = Known(*(self._on_device(each) for each in (gt, keep_mask.expand_as(gt))))
+        x, position = begin(streams, known.pixels, resume)
+        if start_picture is not None and resume is None:
+            x = self.diffusion.q_sample(self._on_device(start_picture), self.times[0], x)
         denoise = FiniteCheck(lambda x_t, t: self.denoiser(x_t, t, y))
         x = repaint(
             denoise,
             self.diffusion,
             self.times,
-            gt,
-            keep_mask,
+            x,
             streams,
-            inject_known=self.inject_known,
+            known=known if self.merge_known else None,
+            merge_first=start_picture is not None,
             time_shift=self.time_shift,
-            picture=picture,
-            start=start,
+            position=position,
             after_evaluation=after_evaluation,
         )
         denoise.finish()
         return x.cpu()
+
+    def _classes(self, streams: Streams) -> torch.Tensor:
+        """(B,); drawn for unconditional networks too, as the original does."""
+        if self.cond_y is None:
+            return streams.classes(self.num_classes)
+        return torch.full((len(streams.generators),), self.cond_y, device=self.diffusion.device)
+
+    def _on_device(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.to(self.diffusion.device).contiguous(memory_format=torch.channels_last)
 
 
 class _Counter:

@@ -5,10 +5,8 @@ The network sees, beside the noisy latent, the latent of the picture under its m
 so nothing is merged and nothing resampled, and DDIM's steps down are all there is.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,9 +16,9 @@ from guided_diffusion.denoiser import FiniteCheck, Network, NonFiniteError, ddim
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.inpainter import Inpainter, Start
 from guided_diffusion.networks.autoencoder import Autoencoder
-from guided_diffusion.repaint import Denoise, Evaluation, SamplerState, repaint
+from guided_diffusion.repaint import Denoise, repaint
 from guided_diffusion.respace import Process, process_of_steps
-from guided_diffusion.streams import Streams
+from guided_diffusion.streams import AfterEvaluation, SamplerState, Streams, begin
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601)
 
@@ -31,7 +29,6 @@ def latent_process(steps: Sequence[int], device: torch.device | str = "cpu") -> 
     return process_of_steps(betas, steps, device=device)
 
 
-@dataclass(frozen=True)
 class LatentInpainter(Inpainter):
     """Fills in what masks hide by latent diffusion.
 
@@ -41,21 +38,37 @@ class LatentInpainter(Inpainter):
     which `as_pictures` makes pictures.
     """
 
-    network: Network  # (B, 2·C + 1, h, w), (B,) -> the predicted noise, (B, C, h, w)
-    autoencoder: Autoencoder
-    process: Process
-    times: Sequence[int]  # see `scheduler.ddim_times`
-    multiple: int  # pixels, by which the sides divide that autoencoder and network take
-    eta: float = 0.0  # see `Ddim`
-    image_size: int | None = None
-    paste_known: ClassVar[bool] = True
-    start_from: ClassVar[Start] = "noise"
+    paste_known = True
+    start_from: Start = "noise"
+
+    def __init__(
+        self,
+        network: Network,
+        autoencoder: Autoencoder,
+        process: Process,
+        times: Sequence[int],
+        multiple: int,
+        *,
+        eta: float = 0.0,
+        image_size: int | None = None,
+    ):
+        """network: (B, 2·C + 1, h, w), (B,) -> the predicted noise, (B, C, h, w). times: see
+        `scheduler.ddim_times`. multiple: pixels, by which the sides divide that autoencoder and
+        network take. eta: see `Ddim`. image_size: None: pictures are taken as they are.
+        """
+        self.network = network
+        self.autoencoder = autoencoder
+        self.process = process
+        self.times = times
+        self.multiple = multiple
+        self.eta = eta
+        self.image_size = image_size
 
     @property
     def diffusion(self) -> GaussianDiffusion:
         return self.process.diffusion
 
-    def cut(self, keep_mask: torch.Tensor) -> torch.Tensor:
+    def prepare_mask(self, keep_mask: torch.Tensor) -> torch.Tensor:
         """The keep mask in zeros and ones; (B, 1 or 3, H, W), its colours taken as grey."""
         if keep_mask.shape[1] == 1:
             return (keep_mask > 0.5).to(keep_mask)
@@ -70,25 +83,24 @@ class LatentInpainter(Inpainter):
         keep_mask: torch.Tensor,
         seeds: Sequence[int],
         *,
-        picture: None = None,
-        start: SamplerState | None = None,
-        after_evaluation: Callable[[Evaluation], None] | None = None,
+        start_picture: None = None,
+        resume: SamplerState | None = None,
+        after_evaluation: AfterEvaluation | None = None,
     ) -> torch.Tensor:
-        """See `Inpainter.sample`; picture: None, since sampling starts from noise."""
+        """See `Inpainter.sample`; start_picture: None, since sampling starts from noise."""
         device, size = self.diffusion.device, gt.shape[2:]
-        keep = self.cut(keep_mask)[:, :1]
+        keep = self.prepare_mask(keep_mask)[:, :1]
         condition = self._condition(*(self._padded(each.to(device)) for each in (gt, keep)))
-        blank = torch.zeros_like(condition[:, :-1])
         denoise = FiniteCheck(self._denoiser(condition))
-        z = repaint(
+        streams = Streams(seeds, device)
+        z, position = begin(streams, condition[:, :-1], resume)
+        z = repaint(  # without known pixels: the network is told what is known
             denoise,
             self.diffusion,
             self.times,
-            blank,
-            blank,
-            Streams(seeds, device),
-            inject_known=False,  # the network is told what is known
-            start=start,
+            z,
+            streams,
+            position=position,
             after_evaluation=after_evaluation,
         )
         denoise.finish()

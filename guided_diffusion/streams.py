@@ -1,6 +1,8 @@
-"""Random numbers: one stream an image."""
+"""Random numbers, one stream an image; and where a sampler stands among them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,3 +53,49 @@ def _generator_seed(seed: int, device: torch.device) -> int:
     if device.type == "cuda" or seed < 2**32:
         return seed
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+class Known(NamedTuple):
+    """What is known of the pictures."""
+
+    pixels: torch.Tensor  # (B, C, H, W) in [-1, 1]
+    mask: torch.Tensor  # the same shape, in [0, 1]: 1 = known, 0 = to be filled in
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """All that a sampler has between two transitions; from it, it goes on to the same pixels."""
+
+    position: int  # of the next transition
+    x: torch.Tensor  # (B, C, H, W)
+    streams: list[torch.Tensor]  # see `Streams.state`
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a sampler shows after each evaluation of the network."""
+
+    position: int  # of the next transition
+    x: torch.Tensor  # (B, C, H, W), noisy
+    pred_x0: torch.Tensor  # (B, C, H, W), the x_0 that the network predicts
+    streams: Streams
+
+    def state(self) -> SamplerState:
+        """What to go on from later."""
+        return SamplerState(self.position, self.x, self.streams.state())
+
+
+AfterEvaluation = Callable[[Evaluation], None]
+
+
+def begin(
+    streams: Streams, like: torch.Tensor, resume: SamplerState | None
+) -> tuple[torch.Tensor, int]:
+    """Where a walk begins, and its first transition: at a saved state, or else at pure noise.
+
+    like: a tensor of the noise's shape (B, C, H, W) and device.
+    """
+    if resume is None:
+        return streams.normal(like), 0  # x_T ~ N(0, I)
+    streams.set_state(resume.streams)
+    return resume.x.to(like.device), resume.position

@@ -23,7 +23,7 @@ from guided_diffusion.gaussian_diffusion import Ddim, GaussianDiffusion, Reverse
 from guided_diffusion.repaint import Denoise, repaint
 from guided_diffusion.respace import respaced_process
 from guided_diffusion.scheduler import count_evaluations, jump_times
-from guided_diffusion.streams import Streams
+from guided_diffusion.streams import Known, Streams
 
 SIDE = 4
 PIXELS = SIDE * SIDE
@@ -160,7 +160,7 @@ def sample(
     streams: Streams | BalancedNoise,
     batch: int,
     *,
-    inject_known: bool = True,
+    merge_known: bool = True,
     eta: float | None = None,
 ) -> Gaussian:
     """The moments over all pixels of what the loop draws, given the known half of IMAGE.
@@ -176,7 +176,8 @@ def sample(
     denoise = ideal_network(DATA, diffusion)
     if eta is not None:
         denoise = ddim_steps(denoise, diffusion, eta)
-    drawn = repaint(denoise, diffusion, times, gt, keep_mask, streams, inject_known=inject_known)
+    known = Known(gt, keep_mask) if merge_known else None
+    drawn = repaint(denoise, diffusion, times, streams.normal(gt), streams, known=known)
     rows = drawn.flatten(1).numpy().astype(np.float64)
     return Gaussian(rows.mean(axis=0), np.cov(rows.T, bias=True))
 

@@ -131,8 +131,7 @@ def free_scaling(respacing: str, std: float = 0.5) -> float:
     blank, times = torch.zeros(1, 3, 8, 8), plain_times(process.diffusion.num_timesteps)
     x = repaint(
         lambda x, t: denoise(x, t, torch.zeros(1)),
-        *(process.diffusion, times, blank, blank, Streams([3])),
-        inject_known=False,
+        *(process.diffusion, times, Streams([3]).normal(blank), Streams([4])),
     )
     ratio = x / Streams([3]).normal(blank)
     torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-4, atol=0)
@@ -332,7 +331,7 @@ def test_from_any_state_it_goes_on_to_the_same_bits(load):
     whole = inpaint.sample(*arguments, after_evaluation=lambda now: states.append(now.state()))
     assert len(states) == inpaint.evaluations
     for state in states[::5]:
-        assert torch.equal(inpaint.sample(*arguments, start=state), whole)
+        assert torch.equal(inpaint.sample(*arguments, resume=state), whole)
 
 
 # ---- Settings --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, at, beta_schedule
 from guided_diffusion.respace import respace_betas, respaced_process, space_timesteps
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -129,7 +129,7 @@ def test_tables_equal_the_golden_ones(golden_tables, name, respacing):
             table, golden_tables[f"{name}.{theirs}"], rtol=1e-10, err_msg=ours
         )
     for factor in FACTORS:
-        table = diffusion.at(factor, torch.arange(diffusion.num_timesteps)).flatten()
+        table = getattr(diffusion.tables, factor)
         expected = golden_tables[f"{name}.{factor}"].astype(np.float32)
         np.testing.assert_allclose(table, expected, rtol=2e-7, err_msg=factor)
     assert process.network_times.dtype == torch.float32
@@ -138,7 +138,7 @@ def test_tables_equal_the_golden_ones(golden_tables, name, respacing):
 
 def test_tables_meet_tensors_in_float32_and_broadcast_over_images():
     diffusion = GaussianDiffusion(TWO_STEPS)
-    one, both = diffusion.at("betas", 1), diffusion.at("betas", torch.tensor([1, 0]))
+    one, both = at(diffusion.tables.betas, 1), at(diffusion.tables.betas, torch.tensor([1, 0]))
     assert (one.dtype, one.shape, one.item()) == (torch.float32, (1, 1, 1, 1), np.float32(0.2))
     assert both.shape == (2, 1, 1, 1)
     assert both.flatten().tolist() == pytest.approx([0.2, 0.1])

@@ -82,7 +82,7 @@ def test_the_divergence_is_torch_s():
 
 def test_free_sampling_draws_the_data():
     """What is left is the price of 250 steps with variances pixel by pixel, 2 % of Σ."""
-    free = sample(plain_times(250), BalancedNoise(0), BalancedNoise.BATCH, inject_known=False)
+    free = sample(plain_times(250), BalancedNoise(0), BalancedNoise.BATCH, merge_known=False)
     remaining = distance(free, DATA)
     assert remaining.mean < 1e-4
     assert remaining.cov < 0.025

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -25,9 +24,8 @@ from guided_diffusion.gaussian_diffusion import ReverseStep
 from guided_diffusion.images.files import load_prepared
 from guided_diffusion.images.tensors import to_bytes
 from guided_diffusion.inpainter import Inpainter
-from guided_diffusion.repaint import SamplerState
 from guided_diffusion.run.records import load_state, save_state
-from guided_diffusion.streams import Streams
+from guided_diffusion.streams import SamplerState, Streams
 
 ROOT = Path(__file__).parents[1]
 CASE = ROOT / "tests" / "golden" / "e2e" / "resample"
@@ -250,7 +248,7 @@ def sampled_with_states(inpaint: Inpainter, **sample: object) -> tuple[torch.Ten
     return x, states
 
 
-@pytest.mark.parametrize("inject_known", ["true", "false"])
+@pytest.mark.parametrize("merge_known", ["true", "false"])
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -259,12 +257,12 @@ def sampled_with_states(inpaint: Inpainter, **sample: object) -> tuple[torch.Ten
         "null",
     ],
 )
-def test_from_any_state_the_sampler_goes_on_to_the_same_bits(monkeypatch, schedule, inject_known):
+def test_from_any_state_the_sampler_goes_on_to_the_same_bits(monkeypatch, schedule, merge_known):
     monkeypatch.setattr(factory, "load_network", lambda *_: changing_network)
     monkeypatch.setattr(factory, "check_checkpoints", lambda config: None)
     inpaint = load(
         *("class_cond=true", "timestep_respacing='8'", "inpa_inj_time_shift=0"),
-        *(f"schedule_jump_params={schedule}", f"inpa_inj_sched_prev={inject_known}"),
+        *(f"schedule_jump_params={schedule}", f"inpa_inj_sched_prev={merge_known}"),
     )
     ups = [u > t for t, u in pairwise(inpaint.times)]
     assert any(ups) == (schedule != "null")
@@ -275,12 +273,12 @@ def test_from_any_state_the_sampler_goes_on_to_the_same_bits(monkeypatch, schedu
     # Every downward transition is followed by a state.
     assert [state.position - 1 for state in states] == [i for i, up in enumerate(ups) if not up]
     for done, state in enumerate(states, start=1):
-        rest, later = sampled_with_states(inpaint, **batch, start=state)
+        rest, later = sampled_with_states(inpaint, **batch, resume=state)
         assert torch.equal(rest, whole)
         assert inpaint.evaluations_before(state) == done
         assert len(later) == inpaint.evaluations - done
     # What a state holds is its own: going on from it changes neither it nor another.
-    assert torch.equal(inpaint.sample(**batch, start=states[0]), whole)
+    assert torch.equal(inpaint.sample(**batch, resume=states[0]), whole)
 
 
 def test_a_state_on_disk_is_as_good(inpaint, tmp_path):
@@ -291,7 +289,7 @@ def test_a_state_on_disk_is_as_good(inpaint, tmp_path):
     for state in states:
         save_state(str(tmp_path / "state.pt"), vars(state))
         loaded = SamplerState(**load_state(str(tmp_path / "state.pt")))
-        assert torch.equal(inpaint.sample(**batch, start=loaded), whole)
+        assert torch.equal(inpaint.sample(**batch, resume=loaded), whole)
 
 
 def test_what_is_raised_after_an_evaluation_stops_the_sampler(inpaint):
@@ -432,9 +430,9 @@ def test_on_a_gpu_the_sampler_looks_at_the_last_answers_too(monkeypatch, inpaint
     denoise = FakeGpu(monkeypatch).denoiser([1], step=0)
     calls = []
     with pytest.raises(NonFiniteError, match=r"step 0, in images \[1\]"):
-        replace(inpaint, denoiser=lambda x_t, t, y: denoise(x_t, t), times=range(4, -2, -1))(
-            *random_batch(3), progress=lambda *call: calls.append(call)
-        )
+        monkeypatch.setattr(inpaint, "denoiser", lambda x_t, t, y: denoise(x_t, t))
+        monkeypatch.setattr(inpaint, "times", range(4, -2, -1))
+        inpaint(*random_batch(3), progress=lambda *call: calls.append(call))
     assert len(calls) == 5
 
 

@@ -15,7 +15,7 @@ from guided_diffusion.images.files import read_rgb
 from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor
 from guided_diffusion.latent import LatentInpainter, latent_process
 from guided_diffusion.networks.autoencoder import Autoencoder
-from guided_diffusion.repaint import Evaluation
+from guided_diffusion.streams import Evaluation
 from tests.support.latent_runs import GOLDEN, LatentCase
 
 CASES = ("ddim10", "ddim7_eta")
@@ -149,7 +149,7 @@ def test_a_pictures_result_does_not_depend_on_its_batch(inpaint):
 def test_colours_of_a_mask_are_cut_as_pillow_makes_them_grey(inpaint):
     colours = noise(64, 64, 3, seed=2)
     grey = np.asarray(Image.fromarray(colours).convert("L"))
-    cut = inpaint.cut(mask_to_tensor(colours)[None])
+    cut = inpaint.prepare_mask(mask_to_tensor(colours)[None])
     clear = np.abs(grey.astype(int) - 127.5) > 1  # where rounding cannot matter
     assert ((cut[0, 0].numpy() == 1) == (grey >= 128))[clear].all()
     assert torch.equal(cut[:, :1].expand(-1, 3, -1, -1), cut)
@@ -157,9 +157,9 @@ def test_colours_of_a_mask_are_cut_as_pillow_makes_them_grey(inpaint):
 
 def test_greys_of_a_mask_are_cut_at_one_half(inpaint):
     keep = torch.tensor([0, 127 / 255, 0.5, 128 / 255, 1]).view(1, 1, 1, 5)
-    assert inpaint.cut(keep).flatten().tolist() == [0, 0, 0, 1, 1]
+    assert inpaint.prepare_mask(keep).flatten().tolist() == [0, 0, 0, 1, 1]
     levels = torch.arange(256).view(1, 1, 1, 256).expand(1, 3, 1, 256) / 255
-    assert inpaint.cut(levels)[0, 0, 0].tolist() == [0] * 128 + [1] * 128
+    assert inpaint.prepare_mask(levels)[0, 0, 0].tolist() == [0] * 128 + [1] * 128
 
 
 def test_nothing_of_a_holes_content_reaches_the_result(inpaint):
@@ -257,7 +257,7 @@ def test_goes_on_from_any_state_to_the_same_pixels(case):
     whole = inpaint.sample(gt, keep, [8], after_evaluation=lambda e: states.append(e.state()))
     assert [inpaint.evaluations_before(state) for state in states] == [1, 2, 3, 4]
     for done, state in enumerate(states, 1):
-        again = inpaint.sample(gt, keep, [8], start=state, after_evaluation=later.append)
+        again = inpaint.sample(gt, keep, [8], resume=state, after_evaluation=later.append)
         assert torch.equal(again, whole)
         assert len(later) == 4 - done
         later.clear()

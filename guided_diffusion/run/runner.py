@@ -87,7 +87,7 @@ def _batch_size(plan: Plan, inpainter: Inpainter) -> int:
     """The plan's; for `auto`, as many images as a GPU holds."""
     if plan.batch_size != "auto":
         return plan.batch_size
-    first_step = replace(inpainter, times=(inpainter.times[0], inpainter.times[-1]))
+    first_step = inpainter.first_step()
 
     def evaluate(images: int) -> None:
         blank = torch.zeros(images, 3, *plan.largest_size)

@@ -21,11 +21,11 @@ from guided_diffusion.machine import memory, storage
 from guided_diffusion.machine.ranks import Team
 from guided_diffusion.machine.signals import Interrupted, StopSignals
 from guided_diffusion.output.film import ProcessLog
-from guided_diffusion.repaint import Evaluation, SamplerState
 from guided_diffusion.run.plan import Plan, Task, input_digest, stream_of_view
 from guided_diffusion.run.progress import ProgressReport
 from guided_diffusion.run.records import Records, Result, load_state, save_state, writing
 from guided_diffusion.speed.choice import DTYPES, Speed, offered_precisions
+from guided_diffusion.streams import Evaluation, SamplerState
 
 POLLING = 0.5  # seconds between two looks at what other processes do
 STALLED = 30 * 60  # seconds without an evaluation, after which another process counts as lost
@@ -128,11 +128,11 @@ class Worker:
     def _inpaint(self, inputs: Sequence[_Input], state_path: str) -> np.ndarray:
         """The results of views, uint8 (B, S, S, 3). Raises UserError if they are not finite."""
         self.report.start_inputs(len(inputs))
-        start = _earlier_state(state_path)
-        if start is None:
+        resume = _earlier_state(state_path)
+        if resume is None:
             self._begin_log(inputs)
         else:
-            self.report.skip(self.inpainter.evaluations_before(start))
+            self.report.skip(self.inpainter.evaluations_before(resume))
         views = [each.example.view(each.k) for each in inputs]
         pictures = [view.start for view in views]  # all, or none
         try:
@@ -140,8 +140,8 @@ class Worker:
                 torch.stack([view.image for view in views]),
                 torch.stack([view.keep_mask for view in views]),
                 [each.stream for each in inputs],
-                picture=None if pictures[0] is None else torch.stack(pictures),
-                start=start,
+                start_picture=None if pictures[0] is None else torch.stack(pictures),
+                resume=resume,
                 after_evaluation=self._after_evaluation(inputs, state_path, views[0].image.shape),
             )
         except NonFiniteError as error:

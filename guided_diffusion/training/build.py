@@ -72,7 +72,7 @@ def sample_writer(
         plain_times(process.diffusion.num_timesteps),
         config.network.image_size,
         num_classes=num_classes,
-        inject_known=False,
+        merge_known=False,
     )
     number, size = config.training.sample_number, config.network.image_size
 

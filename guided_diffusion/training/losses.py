@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ReverseStep
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ReverseStep, at
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t) -> output
 
@@ -68,7 +68,7 @@ def variational_bound(
     """
     kl = gaussian_kl(
         diffusion.posterior_mean(x0, x_t, t),
-        diffusion.at("posterior_log_variance_clipped", t),
+        at(diffusion.tables.posterior_log_variance_clipped, t),
         p.mean,
         p.log_variance,
     )

@@ -29,7 +29,6 @@ from guided_diffusion.denoiser import NonFiniteError
 from guided_diffusion.machine import memory, ranks, storage
 from guided_diffusion.machine.ranks import Team, World, join
 from guided_diffusion.machine.signals import Interrupted
-from guided_diffusion.repaint import Evaluation, SamplerState
 from guided_diffusion.run import progress, runner, worker
 from guided_diffusion.run.plan import Plan, make_plan
 from guided_diffusion.run.progress import ProgressReport
@@ -37,7 +36,7 @@ from guided_diffusion.run.recipe import Identity
 from guided_diffusion.run.records import Records, load_state
 from guided_diffusion.scheduler import plain_times
 from guided_diffusion.speed.choice import Speed
-from guided_diffusion.streams import Streams
+from guided_diffusion.streams import Evaluation, SamplerState, Streams
 
 SIZE = 32
 EVALUATIONS = 10
@@ -61,7 +60,7 @@ class FakeInpainter:
     paste_known: bool = False
     device: torch.device = CPU
     seeds: list[list[int]] = field(default_factory=list)  # of each attempt
-    starts: list[SamplerState | None] = field(default_factory=list)
+    resumes: list[SamplerState | None] = field(default_factory=list)
 
     @property
     def diffusion(self) -> SimpleNamespace:
@@ -74,12 +73,15 @@ class FakeInpainter:
     def evaluations_before(self, state: SamplerState) -> int:
         return state.position
 
-    def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
+    def first_step(self) -> "FakeInpainter":
+        return self
+
+    def sample(self, gt, keep_mask, seeds, *, start_picture=None, resume=None, after_evaluation):
         assert gt.shape == keep_mask.shape == (len(seeds), 3, SIZE, SIZE)
         self.seeds.append(list(seeds))
-        self.starts.append(start)
+        self.resumes.append(resume)
         room = self.room(len(self.seeds) - 1)
-        for done in range(start.position if start else 0, EVALUATIONS):
+        for done in range(resume.position if resume else 0, EVALUATIONS):
             if len(seeds) > room and done == self.fails_after:
                 self.fail()
             after_evaluation(Evaluation(done + 1, gt, gt, Streams(seeds)))
@@ -425,7 +427,9 @@ def test_the_estimate_is_made_anew_after_a_failed_batch(folder, capsys):
     class Timed(FakeInpainter):
         """A second for an evaluation of one image; in a batch, half of it for each."""
 
-        def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
+        def sample(
+            self, gt, keep_mask, seeds, *, start_picture=None, resume=None, after_evaluation
+        ):
             def tick(evaluation):
                 clock[0] += 1 if len(seeds) == 1 else len(seeds) / 2
                 after_evaluation(evaluation)
@@ -446,7 +450,9 @@ def test_the_estimate_does_not_mix_batches_that_failed_with_others(folder, capsy
     clock = [0.0]
 
     class Timed(FakeInpainter):
-        def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
+        def sample(
+            self, gt, keep_mask, seeds, *, start_picture=None, resume=None, after_evaluation
+        ):
             def tick(evaluation):
                 clock[0] += 100 if len(seeds) > 1 else 1
                 after_evaluation(evaluation)
@@ -720,13 +726,13 @@ class Eventful(FakeInpainter):
     attempt: int = 0
     position: int = 4  # after so many evaluations
 
-    def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
+    def sample(self, gt, keep_mask, seeds, *, start_picture=None, resume=None, after_evaluation):
         def happen(evaluation: Evaluation) -> None:
             if (len(self.seeds) - 1, evaluation.position) == (self.attempt, self.position):
                 self.event()
             after_evaluation(evaluation)
 
-        return super().sample(gt, keep_mask, seeds, start=start, after_evaluation=happen)
+        return super().sample(gt, keep_mask, seeds, resume=resume, after_evaluation=happen)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -743,7 +749,7 @@ def test_a_signal_stops_after_the_evaluation_and_the_next_run_goes_on(folder, ca
     again = FakeInpainter()
     assert run(folder.plan_again(batch_size=3, show_progress=True), again) == []
     assert again.seeds == [[103, 104, 105], [106]]
-    start, fresh = again.starts
+    start, fresh = again.resumes
     assert start.position == 4 and fresh is None
     assert torch.equal(start.x, torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(3, 3, 32, 32))
     states = [torch.Generator().manual_seed(seed).get_state() for seed in (103, 104, 105)]
@@ -774,14 +780,16 @@ def test_the_state_is_saved_in_time(folder):
     class Timed(FakeInpainter):
         """100 seconds for an evaluation; the ninth never ends."""
 
-        def sample(self, gt, keep_mask, seeds, *, picture=None, start=None, after_evaluation):
+        def sample(
+            self, gt, keep_mask, seeds, *, start_picture=None, resume=None, after_evaluation
+        ):
             def tick(evaluation):
                 clock[0] += 100
                 if evaluation.position == 9:
                     raise Crash
                 after_evaluation(evaluation)
 
-            return super().sample(gt, keep_mask, seeds, start=start, after_evaluation=tick)
+            return super().sample(gt, keep_mask, seeds, resume=resume, after_evaluation=tick)
 
     positions = {}
     job = folder.plan(1)
@@ -803,7 +811,7 @@ def test_a_state_that_no_batch_goes_on_from_is_removed_in_the_end(folder):
     assert len(folder.states()) == 1
     again = FakeInpainter()
     run(folder.plan_again(batch_size=2), again)
-    assert again.starts == [None, None]
+    assert again.resumes == [None, None]
     assert folder.states() == [] and folder.streams() == expected_streams(4)
 
 
@@ -816,7 +824,7 @@ def test_a_damaged_state_costs_a_line_and_no_image(folder):
     again = FakeInpainter()
     (message,) = run(folder.plan_again(batch_size=2), again)
     assert state.name in message and message.endswith("; the images of this state start afresh")
-    assert again.starts == [None]
+    assert again.resumes == [None]
     assert folder.streams() == expected_streams(2) and folder.states() == []
 
 

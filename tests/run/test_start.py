@@ -40,7 +40,7 @@ from guided_diffusion.scheduler import (
     schedules_of,
     times_from,
 )
-from guided_diffusion.streams import Streams
+from guided_diffusion.streams import Known, Streams
 from tests.exact_gaussian import DATA, PIXELS, SIDE, BalancedNoise, ideal_network, new_diffusion
 from tests.support.case import EVALUATIONS, GOLDEN, SIZE, Case
 from tests.support.plans import NAMES
@@ -115,17 +115,10 @@ def batch_of(row: np.ndarray, number: int = BATCH) -> torch.Tensor:
 def started(t: int, streams: BalancedNoise | Streams, number: int = BATCH) -> np.ndarray:
     """Free samples of Gaussian data that start from PICTURE, (number, PIXELS) float64."""
     diffusion = new_diffusion()
-    nothing = torch.zeros(number, 1, SIDE, SIDE)
-    drawn = repaint(
-        ideal_network(DATA, diffusion),
-        diffusion,
-        times_from(plain_times(250), t),
-        nothing,
-        nothing,
-        streams,
-        inject_known=False,
-        picture=batch_of(PICTURE, number),
-    )
+    picture = batch_of(PICTURE, number)
+    x_t = diffusion.q_sample(picture, t, streams.normal(picture))
+    times = times_from(plain_times(250), t)
+    drawn = repaint(ideal_network(DATA, diffusion), diffusion, times, x_t, streams)
     return drawn.flatten(1).numpy().astype(np.float64)
 
 
@@ -160,9 +153,10 @@ def test_a_low_t_keeps_the_picture_and_a_high_one_the_data_alone():
 
 
 def test_from_the_top_it_is_a_plain_run_but_for_what_is_left_of_the_picture():
-    diffusion, nothing = new_diffusion(), torch.zeros(4, 1, SIDE, SIDE)
-    arguments = ideal_network(DATA, diffusion), diffusion, plain_times(250), nothing, nothing
-    plain = repaint(*arguments, Streams(range(4)), inject_known=False).flatten(1).numpy()
+    diffusion, streams = new_diffusion(), Streams(range(4))
+    noise = streams.normal(torch.zeros(4, 1, SIDE, SIDE))
+    arguments = ideal_network(DATA, diffusion), diffusion, plain_times(250)
+    plain = repaint(*arguments, noise, streams).flatten(1).numpy()
     difference = np.abs(started(249, Streams(range(4)), 4) - plain).max()
     assert 0 < difference < np.sqrt(diffusion.alphas_cumprod[-1])  # of a picture within [-1, 1]
 
@@ -217,11 +211,11 @@ def test_the_loop_is_the_slow_one_with_the_same_draws(inject):
     """Class, the start's noise, then n and n' down and n up; the merge from the first step on."""
     assert any(u > t for t, u in pairwise(JUMPS)) and JUMPS[0] == 5
     gt, pictures = ([pictures_of(10 * kind + i) for i in range(2)] for kind in (1, 2))
-    found = small_inpainter(inject_known=inject).sample(
+    found = small_inpainter(merge_known=inject).sample(
         torch.from_numpy(np.stack(gt)).float(),
         torch.from_numpy(KEEP).float().expand(2, -1, -1, -1),
         [7, 100],
-        picture=torch.from_numpy(np.stack(pictures)).float(),
+        start_picture=torch.from_numpy(np.stack(pictures)).float(),
     )
     for i, seed in enumerate((7, 100)):
         expected = numpy_loop(gt[i], pictures[i], seed, inject)
@@ -243,7 +237,9 @@ def test_the_first_evaluation_sees_both_at_the_noise_level_of_t():
 
     gt, picture, keep = torch.full((1, 1, 2, 2), 0.5), torch.full((1, 1, 2, 2), -1.0), torch.eye(2)
     keep = keep.view(1, 1, 2, 2)
-    repaint(denoise, DIFFUSION, [5, 4, 3, 2, 1, 0, -1], gt, keep, Silent(), picture=picture)
+    x_5 = DIFFUSION.q_sample(picture, 5, torch.zeros_like(picture))
+    times = [5, 4, 3, 2, 1, 0, -1]
+    repaint(denoise, DIFFUSION, times, x_5, Silent(), known=Known(gt, keep), merge_first=True)
     level = float(np.sqrt(DIFFUSION.alphas_cumprod[5]))
     assert [t for t, _ in seen] == [5, 4, 3, 2, 1, 0]
     expected = torch.tensor([[0.5, -1.0], [-1.0, 0.5]]) * level
@@ -253,12 +249,12 @@ def test_the_first_evaluation_sees_both_at_the_noise_level_of_t():
 def test_from_any_state_it_goes_on_to_the_same_bits():
     inpaint, gt = small_inpainter(), torch.from_numpy(pictures_of(3)).float()[None]
     batch = {"gt": gt, "keep_mask": torch.from_numpy(KEEP).float()[None], "seeds": [3]}
-    batch |= {"picture": torch.from_numpy(pictures_of(4)).float()[None]}
+    batch |= {"start_picture": torch.from_numpy(pictures_of(4)).float()[None]}
     found = []
     whole = inpaint.sample(**batch, after_evaluation=lambda now: found.append(now.state()))
     assert len(found) == inpaint.evaluations == count_evaluations(JUMPS)
     for done, state in enumerate(found, start=1):
-        assert torch.equal(inpaint.sample(**batch, start=state), whole)
+        assert torch.equal(inpaint.sample(**batch, resume=state), whole)
         assert inpaint.evaluations_before(state) == done
 
 
@@ -706,7 +702,7 @@ def test_tensors_start_from_tensors(case):
     keep = torch.ones(2, 1, SIZE, SIZE)
     keep[..., SIZE // 2 :] = 0
     result = inpaint(gt, keep, seed=3, start_from=start.double())
-    expected = inpaint.sample(gt, keep, [3, 4], picture=start)
+    expected = inpaint.sample(gt, keep, [3, 4], start_picture=start)
     assert torch.equal(result, expected)
     assert not torch.equal(result, inpaint(gt, keep, seed=3, start_from=gt))
     themselves = load_inpainter(case.conf_path(), "cpu", ["start_from.path=null"])
