@@ -25,7 +25,23 @@ PAPER_SCHEDULE = ScheduleConfig(t_T=250, n_sample=1, jump_length=10, jump_n_samp
 
 
 class _Jumps:
-    """One level of jumps: how many are left at each time that is a multiple of its length."""
+    """One level of jumps: how many are left at each time that is a multiple of its length.
+
+    jump_length and jump_n_sample are the main level, jump2_ and jump3_ are shorter jumps within
+    its own, and n_sample repeats single steps. Five steps of T, with one thing at a time:
+
+    >>> plain = {"t_T": 5, "n_sample": 1, "jump_length": 1, "jump_n_sample": 1}
+    >>> walk = lambda **keys: jump_times(ScheduleConfig(**plain | keys))
+    >>> walk(jump_length=2, jump_n_sample=2)  # from 2 and from 0, up by 2 and down again, once
+    [4, 3, 2, 3, 4, 3, 2, 1, 0, 1, 2, 1, 0, -1]
+    >>> walk(n_sample=2)  # each step from 2 on twice
+    [4, 3, 2, 3, 2, 1, 2, 1, 0, 1, 0, -1]
+    >>> walk(jump_length=2, jump_n_sample=2, jump2_n_sample=2, start_resampling=2)
+    [4, 3, 2, 1, 2, 1, 0, 1, 0, 1, 2, 1, 2, 1, 0, 1, 0, -1]
+
+    In the last one jump2 goes up by 1 from 1 and from 0, and once more after the main jump, which
+    lets the shorter ones happen again; no jump leads above time 2.
+    """
 
     def __init__(self, length: int, count: int, params: ScheduleConfig):
         self.length = length

@@ -1,5 +1,6 @@
 """The list of times, against golden lists and its contract; the command that draws it."""
 
+import doctest
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from guided_diffusion import scheduler
 from guided_diffusion.config import ScheduleConfig
 from guided_diffusion.output.schedule_plot import schedule_figure
 from guided_diffusion.scheduler import (
@@ -31,6 +33,11 @@ SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").rea
 def ups(times: list[int]) -> list[int]:
     """The times at which a transition goes back in time."""
     return [t for t, u in pairwise(times) if u > t]
+
+
+def test_the_examples_of_the_docs_are_true():
+    result = doctest.testmod(scheduler)
+    assert result.attempted == 5 and result.failed == 0
 
 
 # ---- The list --------------------------------------------------------------------------------
