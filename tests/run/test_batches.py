@@ -26,6 +26,7 @@ from torch.distributed import HashStore
 
 from guided_diffusion.config import UserError, load_config
 from guided_diffusion.denoiser import NonFiniteError
+from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.machine import memory, ranks, storage
 from guided_diffusion.machine.ranks import Team, World, join
 from guided_diffusion.machine.signals import Interrupted
@@ -73,8 +74,7 @@ class FakeInpainter:
     def evaluations_before(self, state: SamplerState) -> int:
         return state.position
 
-    def first_step(self) -> "FakeInpainter":
-        return self
+    first_step = Inpainter.first_step
 
     def sample(self, gt, keep_mask, seeds, *, start_picture=None, resume=None, after_evaluation):
         assert gt.shape == keep_mask.shape == (len(seeds), 3, SIZE, SIZE)
