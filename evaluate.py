@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         scores = paper.compare(arguments.paper)
     else:
         networks = table.load_networks()
-        scores = table.evaluate(arguments.results, arguments.gt, arguments.masks, networks)
+        scores = table.measure(arguments.results, arguments.gt, arguments.masks, networks)
     print(scores.to_markdown())
     if arguments.out:
         table.write_text(arguments.out, scores.to_csv())

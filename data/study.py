@@ -29,7 +29,7 @@ if __package__ is None or __package__ == "":  # run by path: make the package im
 from guided_diffusion.config import UserError, load_config
 from guided_diffusion.evaluation.bootstrap import Estimate
 from guided_diffusion.evaluation.paper import KINDS
-from guided_diffusion.evaluation.table import Evaluation, evaluate, load_networks, markdown_table
+from guided_diffusion.evaluation.table import load_networks, markdown_table, measure
 from guided_diffusion.images.files import encode_png
 from guided_diffusion.machine import storage
 from guided_diffusion.masks.kinds import draw_mask, mask_rng
@@ -46,7 +46,7 @@ CONFIG = "confs/demo.yml"
 NUMBER, SIZE = 64, 64  # portraits, and their side
 SEED, FIRST = 1, 1000  # of data/make_portraits.py: the training portraits have seed 0
 BATCH = 16
-FIGURES = {  # column of the evaluation -> its head, decimal places
+FIGURES = {  # column of the scores -> its head, decimal places
     "hole_l1": ("L1 (of 255)", 2),
     "hole_psnr": ("PSNR (dB)", 2),
     "hole_ssim": ("SSIM", 4),
@@ -186,10 +186,10 @@ class Measured:
 
 def _measure(cell: Cell, networks: Sequence[Lpips]) -> Measured:
     record = json.loads(Path(f"{cell.folder}/run.json").read_text(encoding="utf-8"))
-    evaluation: Evaluation = evaluate(
+    scores = measure(
         f"{cell.folder}/inpainted", f"{FOLDER}/gts", f"{FOLDER}/masks/{cell.kind}", networks
     )
-    return Measured(record["evaluations_per_image"], evaluation.summary())
+    return Measured(record["evaluations_per_image"], scores.summary())
 
 
 # ---- The page ---------------------------------------------------------------------------------

@@ -178,9 +178,9 @@ def load_networks() -> list[Lpips]:
     return [lpips.load(name) for name in there]
 
 
-def evaluate(
+def measure(
     results_dir: str, gt_dir: str, masks_dir: str | None = None, networks: Sequence[Lpips] = ()
-) -> Evaluation:
+) -> Scores:
     """Measure every result in a folder.
 
     masks_dir: 255 = known; where it is less than 128 is the hole. None: the whole image only.
@@ -196,7 +196,7 @@ def evaluate(
     if networks:  # last, since it takes the time
         for pair, row in zip(with_progress(pairs), rows, strict=True):
             row.figures.update(perceptual(pair, networks))
-    return Evaluation(rows)
+    return Scores(rows)
 
 
 def with_progress(pairs: list[Pair]) -> Iterable[Pair]:
@@ -269,7 +269,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Scores:
     """The figures of all images."""
 
     rows: list[Row]
