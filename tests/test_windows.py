@@ -26,9 +26,10 @@ for pair in sys.argv[3:]:
         delattr(sys.modules[module], name)
 for name in modules:
     importlib.import_module(name)
+others = sys.path[1:]
 for path in scripts:
-    sys.path[0] = os.path.dirname(path)
-    sys.path.append(os.getcwd())
+    sys.path[:] = [os.path.dirname(path), *others]
+    sys.modules.pop("make_portraits", None)  # each finds its neighbour itself
     runpy.run_path(path)
 print(len(modules), len(scripts))
 """

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_portraits import draw_portrait
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from guided_diffusion import load_inpainter  # noqa: E402  (after the path is set)
+from data.make_portraits import draw_portrait  # noqa: E402  (after the path is set)
+from guided_diffusion import load_inpainter  # noqa: E402
 from guided_diffusion.images.tensors import to_bytes  # noqa: E402
 from guided_diffusion.inpainter import Inpainter  # noqa: E402
 
