@@ -17,7 +17,7 @@ PROGRAM = """
 import importlib, os, pathlib, runpy, signal, sys
 import PIL.Image, blobfile, filelock, jinja2, numpy, scipy.ndimage, torch, tqdm, yaml
 import torch.distributed, torch.multiprocessing, torch.utils.data
-modules, scripts = (text.split() for text in sys.argv[1:3])
+modules, scripts = (text.splitlines() for text in sys.argv[1:3])
 for name in ("fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios"):
     sys.modules[name] = None
 for pair in sys.argv[3:]:
@@ -45,7 +45,7 @@ def test_all_can_be_imported_without_what_windows_lacks():
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("docs/make/*.py")]
     names = module_names()
     lacking = [f"{module}:{names}" for module, names in LACKING.items()]
-    arguments = [" ".join(names), " ".join(map(str, scripts)), *lacking]
+    arguments = ["\n".join(names), "\n".join(map(str, scripts)), *lacking]
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True
     )
