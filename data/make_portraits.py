@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
+from tqdm import tqdm
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]  # (distance from the axis, height from the top), frame = 64 units
@@ -780,11 +781,9 @@ def write_portraits(folder: Path, seed: int, number: int, start: int, size: int)
         if value < 0:
             raise ValueError(f"{name} is {value}; it must be 0 or more")
     folder.mkdir(parents=True, exist_ok=True)
-    for done, portrait in enumerate(portraits(seed, number, start, size), 1):
-        portrait.save(folder / f"{start + done - 1:06d}.png")
-        if sys.stderr.isatty() and (done % 100 == 0 or done == number):
-            end = "\n" if done == number else ""
-            print(f"\r{done}/{number}", end=end, file=sys.stderr, flush=True)
+    progress = tqdm(portraits(seed, number, start, size), total=number, disable=None)
+    for index, portrait in enumerate(progress, start):
+        portrait.save(folder / f"{index:06d}.png")
 
 
 def main() -> int:

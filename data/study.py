@@ -97,18 +97,16 @@ def run_portraits(out: str | None = None) -> None:
     """
     out = out or f"{FOLDER}/study.md"
     _check_out(out)
-    stem = out.removesuffix(".md")
-    plots = {"masks": f"{stem}_masks.png", "jumps": f"{stem}_jumps.png"}
     _import_figure()  # fails now or not at all
     load_config(CONFIG)  # likewise, outside the repository's folder
     networks = load_networks()
     _inpaint()
     study = Study({cell: _measure(cell, networks) for cell in CELLS})
-    _write(plots["masks"], study.plot_masks())
-    _write(plots["jumps"], study.plot_jumps())
-    names = {kind: Path(path).name for kind, path in plots.items()}
-    _write(out, study.page(out, names).encode())
-    print(f"written: {out}, {plots['masks']} and {plots['jumps']}")
+    stem = out.removesuffix(".md")
+    _write(f"{stem}_masks.png", study.plot_masks())
+    _write(f"{stem}_jumps.png", study.plot_jumps())
+    _write(out, study.page(out).encode())
+    print(f"written: {out}, {stem}_masks.png and {stem}_jumps.png")
 
 
 def _check_out(out: str) -> None:
@@ -206,7 +204,7 @@ means over the holes alone, with 95 % bootstrap intervals over the portraits.
 
 {masks}
 
-![Error against evaluations for six kinds of masks]({masks_plot})
+![Error against evaluations for six kinds of masks]({stem}_masks.png)
 
 ## How far to jump, and how often
 
@@ -214,7 +212,7 @@ Wide masks; the mean absolute error in the hole (L1, of 255), and below it the e
 
 {jumps}
 
-![Error against r for three jump lengths]({jumps_plot})
+![Error against r for three jump lengths]({stem}_jumps.png)
 """
 
 
@@ -230,16 +228,15 @@ class Study:
         first = next(iter(self.cells.values()))
         return [column for column in FIGURES if column in first.figures]
 
-    def page(self, out: str, plots: dict[str, str]) -> str:
-        """Markdown. out: where it goes. plots: names of the files."""
+    def page(self, out: str) -> str:
+        """Markdown. out: where it goes; the plots lie beside it."""
         return _PAGE.format(
             out=out,
+            stem=Path(out).stem,
             number=NUMBER,
             size=SIZE,
             masks=markdown_table(list(self._mask_rows())),
             jumps=markdown_table(list(self._jump_rows())),
-            masks_plot=plots["masks"],
-            jumps_plot=plots["jumps"],
         )
 
     def _mask_rows(self) -> Iterator[list[str]]:

@@ -133,7 +133,7 @@ def _write_thumbnail(path: str, thumbnail: str) -> None:
 
 
 def _is_of(thumbnail: str, path: str) -> bool:
-    """Whether a thumbnail is there, of a picture as it is now: then it has its time."""
+    """Whether there is a thumbnail of the picture as it is now: both then have the same time."""
     try:
         return os.stat(thumbnail).st_mtime_ns == os.stat(path).st_mtime_ns
     except OSError:  # also where one is in a store
@@ -164,14 +164,9 @@ def _root(path: str) -> str:
 
 def _relative(path: str, page: str) -> str:
     if storage.is_remote(path):
-        return posixpath.relpath(_key(path), posixpath.dirname(_key(page)))
+        return posixpath.relpath(path, posixpath.dirname(page))
     # By the paths' text, as browsers do it, links or not.
     return PurePath(os.path.relpath(path, os.path.dirname(os.path.abspath(page)))).as_posix()
-
-
-def _key(path: str) -> str:
-    """The path within its store, with a slash before it."""
-    return path[len(_root(path)) :]
 
 
 def _quote(path: str) -> str:
