@@ -10,6 +10,7 @@ generated masks from the published ones.
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from scipy.stats import ks_2samp
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from guided_diffusion.config import UserError  # noqa: E402  (after the path is set)
+from guided_diffusion.config.errors import exit_status  # noqa: E402  (after the path is set)
 from guided_diffusion.images.files import list_images, read_rgb  # noqa: E402
 from guided_diffusion.masks.kinds import draw_mask, mask_rng  # noqa: E402
 
@@ -56,12 +57,7 @@ def main() -> int:
     add("--number", type=int, default=1000, help="how many masks to draw of each kind (1000)")
     add("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    try:
-        print_table(arguments.published, arguments.number, arguments.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(partial(print_table, arguments.published, arguments.number, arguments.seed))
 
 
 def print_table(published: str, number: int, seed: int) -> None:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if __package__ is None or __package__ == "":  # run by path: make the package im
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion.config import UserError, load_config
+from guided_diffusion.config.errors import exit_status
 from guided_diffusion.evaluation.bootstrap import Estimate
 from guided_diffusion.evaluation.paper import KINDS
 from guided_diffusion.evaluation.table import load_networks, markdown_table, measure
@@ -78,16 +79,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", metavar="FILE", help=f"the page ({FOLDER}/study.md)")
-    arguments = parser.parse_args()
-    try:
-        run_portraits(arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(run_portraits, parser.parse_args().out))
 
 
 def run_portraits(out: str | None = None) -> None:

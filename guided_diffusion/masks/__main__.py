@@ -13,7 +13,7 @@ from pathlib import PurePath
 import numpy as np
 from PIL import Image, ImageColor
 
-from guided_diffusion.config import UserError
+from guided_diffusion.config.errors import UserError, exit_status
 from guided_diffusion.images.files import (
     encode_png,
     is_image_name,
@@ -79,18 +79,14 @@ OPTION_HELP = {
 
 
 def main() -> int:
-    try:
-        arguments = parse_arguments(sys.argv[1:])
-        targets, masks = (_draw if arguments.command in KINDS else _edit)(arguments)
-        _check_free(targets, arguments.out, arguments.overwrite)
-        _write(targets, masks, arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(_run)
+
+
+def _run() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    targets, masks = (_draw if arguments.command in KINDS else _edit)(arguments)
+    _check_free(targets, arguments.out, arguments.overwrite)
+    _write(targets, masks, arguments.out)
 
 
 # ---- The command line ----
