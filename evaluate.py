@@ -2,8 +2,9 @@
 
 import argparse
 import sys
+from functools import partial
 
-from guided_diffusion.config import UserError
+from guided_diffusion.config.errors import exit_status
 from guided_diffusion.evaluation import paper, table
 
 EXAMPLES = """examples:
@@ -14,16 +15,7 @@ EXAMPLES = """examples:
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(run, parse_arguments()))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         scores = paper.compare(arguments.paper)
     else:
         networks = table.load_networks()
-        scores = table.evaluate(arguments.results, arguments.gt, arguments.masks, networks)
+        scores = table.measure(arguments.results, arguments.gt, arguments.masks, networks)
     print(scores.to_markdown())
     if arguments.out:
         table.write_text(arguments.out, scores.to_csv())

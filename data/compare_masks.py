@@ -3,72 +3,50 @@
     bash download.sh data
     python data/compare_masks.py --published data/datasets/gt_keep_masks
 
-Needs scipy. p is that of a two-sample Kolmogorov-Smirnov test: below 0.05, the test tells the
+p is that of a two-sample Kolmogorov-Smirnov test: below 0.05, the test tells the
 generated masks from the published ones.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
+from scipy.stats import ks_2samp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from guided_diffusion.config import UserError  # noqa: E402  (after the path is set)
+from guided_diffusion.config.errors import exit_status  # noqa: E402  (after the path is set)
 from guided_diffusion.images.files import list_images, read_rgb  # noqa: E402
 from guided_diffusion.masks.kinds import draw_mask, mask_rng  # noqa: E402
 
 TOUCHING = np.ones((3, 3))  # pixels that touch at a corner belong together
 
 
-def kept_share(keep: np.ndarray) -> float:
-    return keep.mean()
-
-
-def hole_parts(keep: np.ndarray) -> float:
-    return _parts(~keep)
-
-
-def kept_parts(keep: np.ndarray) -> float:
-    return _parts(keep)
-
-
-def median_depth(keep: np.ndarray) -> float:
-    return np.median(_depths(keep))
-
-
-def largest_depth(keep: np.ndarray) -> float:
-    return _depths(keep).max()
-
-
-def hidden_border(keep: np.ndarray) -> float:
-    edges = (keep[0], keep[-1], keep[:, 0], keep[:, -1])
-    return 1 - np.concatenate(edges).mean()
-
-
-def _parts(inside: np.ndarray) -> int:
-    from scipy import ndimage
-
+def parts(inside: np.ndarray) -> int:
     return ndimage.label(inside, TOUCHING)[1]
 
 
-def _depths(keep: np.ndarray) -> np.ndarray:
+def depths(keep: np.ndarray) -> np.ndarray:
     """How far each pixel of the hole is from what is kept or from the outside."""
-    from scipy import ndimage
-
     return ndimage.distance_transform_edt(np.pad(~keep, 1))[1:-1, 1:-1][~keep]
 
 
+def border(keep: np.ndarray) -> np.ndarray:
+    return np.concatenate((keep[0], keep[-1], keep[:, 0], keep[:, -1]))
+
+
 MEASURES: dict[str, Callable[[np.ndarray], float]] = {
-    "share that is kept": kept_share,
-    "connected parts of the hole": hole_parts,
-    "connected parts of what is kept": kept_parts,
-    "median depth in the hole, pixels": median_depth,
-    "largest depth in the hole, pixels": largest_depth,
-    "share of the border that is hidden": hidden_border,
+    "share that is kept": np.mean,
+    "connected parts of the hole": lambda keep: parts(~keep),
+    "connected parts of what is kept": parts,
+    "median depth in the hole, pixels": lambda keep: np.median(depths(keep)),
+    "largest depth in the hole, pixels": lambda keep: depths(keep).max(),
+    "share of the border that is hidden": lambda keep: 1 - border(keep).mean(),
 }
 
 
@@ -79,12 +57,7 @@ def main() -> int:
     add("--number", type=int, default=1000, help="how many masks to draw of each kind (1000)")
     add("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    try:
-        print_table(arguments.published, arguments.number, arguments.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(partial(print_table, arguments.published, arguments.number, arguments.seed))
 
 
 def print_table(published: str, number: int, seed: int) -> None:
@@ -101,8 +74,6 @@ def print_table(published: str, number: int, seed: int) -> None:
 def compare(
     measure: Callable[[np.ndarray], float], theirs: list[np.ndarray], ours: list[np.ndarray]
 ) -> str:
-    from scipy.stats import ks_2samp
-
     samples = [[measure(mask == 255) for mask in masks] for masks in (theirs, ours)]
     return " | ".join([*map(summary, samples), f"{ks_2samp(*samples).pvalue:.2f}"])
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
+from tqdm import tqdm
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]  # (distance from the axis, height from the top), frame = 64 units
@@ -24,77 +25,29 @@ Fill = Colour | tuple[Colour, Colour]  # one colour, or a fade from top to botto
 FRAME = 64  # units along one side of the picture, whatever its size in pixels
 OVERSAMPLING = 8
 
-SKINS = (
-    (255, 224, 200),
-    (250, 211, 183),
-    (244, 196, 160),
-    (232, 178, 138),
-    (217, 158, 114),
-    (194, 133, 92),
-    (164, 107, 71),
-    (134, 84, 56),
-    (104, 64, 44),
-)
-HAIRS = (
-    (38, 32, 42),
-    (58, 40, 36),
-    (84, 54, 40),
-    (118, 74, 46),
-    (152, 98, 56),
-    (196, 142, 76),
-    (236, 196, 116),
-    (178, 76, 40),
-    (214, 106, 54),
-    (158, 156, 164),
-    (228, 226, 226),
-    (226, 112, 148),
-    (70, 126, 172),
-    (126, 90, 170),
+
+def palette(colours: str) -> tuple[Colour, ...]:
+    """Return RGB colours that are written in hexadecimal."""
+    return tuple(tuple(bytes.fromhex(colour)) for colour in colours.split())
+
+
+SKINS = palette("ffe0c8 fad3b7 f4c4a0 e8b28a d99e72 c2855c a46b47 865438 68402c")
+HAIRS = palette(
+    "26202a 3a2824 543628 764a2e 986238 c48e4c ecc474 "
+    "b24c28 d66a36 9e9ca4 e4e2e2 e27094 467eac 7e5aaa"
 )
 HAIR_WEIGHTS = (14, 14, 12, 10, 9, 8, 8, 6, 6, 6, 5, 3, 3, 3)
-CLOTHES = (
-    (232, 92, 84),
-    (244, 152, 84),
-    (248, 200, 92),
-    (112, 176, 108),
-    (52, 128, 108),
-    (64, 160, 176),
-    (72, 120, 190),
-    (44, 62, 104),
-    (124, 98, 178),
-    (208, 104, 148),
-    (150, 62, 76),
-    (238, 234, 226),
-    (120, 128, 140),
-    (60, 58, 68),
+CLOTHES = palette(
+    "e85c54 f49854 f8c85c 70b06c 34806c 40a0b0 4878be "
+    "2c3e68 7c62b2 d06894 963e4c eeeae2 78808c 3c3a44"
 )
-BACKGROUNDS = (
-    (255, 226, 200),
-    (255, 212, 206),
-    (252, 232, 168),
-    (206, 234, 196),
-    (178, 226, 214),
-    (182, 222, 242),
-    (196, 206, 246),
-    (222, 204, 242),
-    (246, 206, 228),
-    (240, 236, 228),
-    (98, 156, 168),
-    (112, 126, 178),
-    (222, 130, 112),
-    (134, 168, 128),
+BACKGROUNDS = palette(
+    "ffe2c8 ffd4ce fce8a8 ceeac4 b2e2d6 b6def2 c4cef6 "
+    "deccf2 f6cee4 f0ece4 629ca8 707eb2 de8270 86a880"
 )
-EYES = (
-    (92, 58, 38),
-    (58, 40, 34),
-    (142, 98, 48),
-    (82, 138, 78),
-    (64, 130, 186),
-    (104, 126, 146),
-    (44, 140, 136),
-)
-LIPS = ((196, 84, 84), (214, 72, 96), (168, 56, 84), (226, 110, 110))
-FRAMES = ((44, 40, 52), (120, 70, 44), (190, 60, 66), (54, 90, 150), (206, 162, 80))
+EYES = palette("5c3a26 3a2822 8e6230 528a4e 4082ba 687e92 2c8c88")
+LIPS = palette("c45454 d64860 a83854 e26e6e")
+FRAMES = palette("2c2834 78462c be3c42 365a96 cea250")
 GOLD = (244, 200, 96)
 WHITE = (255, 255, 255)
 INK = (46, 30, 48)  # the colour that shadows lean to
@@ -227,16 +180,10 @@ def choose_colours(rng: np.random.Generator) -> dict[str, Colour]:
     cloth_2 = pick_apart(rng, CLOTHES, [skin, cloth], 90)
     background = pick_apart(rng, BACKGROUNDS, [skin, hair, cloth], 60)
     hat_colour = pick_apart(rng, CLOTHES, [skin, hair, background], 80)
-    colours = {
-        "skin": skin,
-        "hair": hair,
-        "cloth": cloth,
-        "cloth_2": cloth_2,
-        "background": background,
-        "hat_colour": hat_colour,
-        "frame": pick_apart(rng, FRAMES, [skin], 95),
-    }
-    return {name: jitter(rng, colour) for name, colour in colours.items()}
+    frame = pick_apart(rng, FRAMES, [skin], 95)
+    names = ("skin", "hair", "cloth", "cloth_2", "background", "hat_colour", "frame")
+    colours = (skin, hair, cloth, cloth_2, background, hat_colour, frame)
+    return {name: jitter(rng, colour) for name, colour in zip(names, colours, strict=True)}
 
 
 def choose_head(rng: np.random.Generator) -> dict:
@@ -412,17 +359,9 @@ def paint_background(pen: Pen, t: Traits) -> None:
 
 
 def head_outline(t: Traits) -> list[Point]:
-    w = t.width
-    return [
-        (0, 11.5),
-        (w * 0.62, 14),
-        (w * 0.97, 22),
-        (w, 30),
-        (w * (t.jaw + 1) / 2, 38),
-        (w * t.jaw * 0.86, t.chin_y - 5),
-        (w * t.chin, t.chin_y - 0.9),
-        (0, t.chin_y),
-    ]
+    w, end = t.width, t.chin_y
+    skull = [(0, 11.5), (w * 0.62, 14), (w * 0.97, 22), (w, 30), (w * (t.jaw + 1) / 2, 38)]
+    return [*skull, (w * t.jaw * 0.86, end - 5), (w * t.chin, end - 0.9), (0, end)]
 
 
 def paint_neck(pen: Pen, t: Traits) -> None:
@@ -444,12 +383,8 @@ def paint_clothes(pen: Pen, t: Traits) -> None:
         neckline.insert(1, (start * 0.75, 55.8))
     if t.outfit == "jacket":
         pen.shape([(0, 56.5), (5.5, 55), (8.5, 52)], [(16, 66), (0, 66)], fill=lighter(t.cloth_2))
-    pen.shape(
-        [(0, 66), (31, 66)],
-        [(30.5, 65), (27, 58.5), (19, 55.2), (start, 52.6)],
-        neckline,
-        fill=fill,
-    )
+    shoulder = [(30.5, 65), (27, 58.5), (19, 55.2), (start, 52.6)]
+    pen.shape([(0, 66), (31, 66)], shoulder, neckline, fill=fill)
     paint_collar(pen, t, neckline)
 
 
@@ -459,28 +394,18 @@ def paint_collar(pen: Pen, t: Traits, neckline: list[Point]) -> None:
     elif t.outfit == "vee":
         pen.line(neckline, 1.2, lighter(t.cloth, 0.35))
     elif t.outfit == "shirt":
-        pen.shape(
-            [(6.2, 51), (0, 58.5)],
-            [(4, 62.5), (10.2, 55.5)],
-            [(10.2, 55.5), (6.2, 51)],
-            fill=lighter(t.cloth, 0.45),
-        )
+        edges = [(6.2, 51), (0, 58.5)], [(4, 62.5), (10.2, 55.5)], [(10.2, 55.5), (6.2, 51)]
+        pen.shape(*edges, fill=lighter(t.cloth, 0.45))
         pen.line([(0.0, 60), (0, 66)], 0.8, darker(t.cloth, 0.25))
     elif t.outfit == "roll":
-        pen.shape(
-            [(0, 52.6), (4.5, 51.6), (7.2, 49.6)],
-            [(8.2, 55), (5, 57.6), (0, 58.4)],
-            fill=(lighter(t.cloth, 0.16), darker(t.cloth, 0.1)),
-        )
+        edges = [(0, 52.6), (4.5, 51.6), (7.2, 49.6)], [(8.2, 55), (5, 57.6), (0, 58.4)]
+        pen.shape(*edges, fill=(lighter(t.cloth, 0.16), darker(t.cloth, 0.1)))
     elif t.outfit == "hood":
         pen.line([(8.4, 51.2), (9.6, 54.5), (6, 58), (0, 60.5)], 3.4, darker(t.cloth, 0.16))
         pen.line([(3.2, 60), (3.4, 63.5)], 0.9, lighter(t.cloth, 0.6))
     elif t.outfit == "jacket":
-        pen.shape(
-            [(8.6, 51.8), (12.4, 55.5), (10.5, 59)],
-            [(12, 60.4), (1, 65.6)],
-            fill=darker(t.cloth, 0.22),
-        )
+        edges = [(8.6, 51.8), (12.4, 55.5), (10.5, 59)], [(12, 60.4), (1, 65.6)]
+        pen.shape(*edges, fill=darker(t.cloth, 0.22))
 
 
 def paint_ears(pen: Pen, t: Traits) -> None:
@@ -512,21 +437,10 @@ def paint_eyes(pen: Pen, t: Traits) -> None:
     rx = (3.0 if t.eye_shape == "almond" else 2.75) * t.eye_size
     ry = (2.05 if t.eye_shape == "almond" else 2.6) * t.eye_size
     inner, outer = (x - rx, y + 0.35), (x + rx, y)
-    upper = [
-        inner,
-        (x - rx * 0.55, y - ry * 0.75),
-        (x, y - ry),
-        (x + rx * 0.6, y - ry * 0.72),
-        outer,
-    ]
-    lower = [
-        outer,
-        (x + rx * 0.5, y + ry * 0.78),
-        (x, y + ry * 0.92),
-        (x - rx * 0.55, y + ry * 0.75),
-    ]
-    lower.append(inner)
-    white = pen.mask(upper, lower)
+    upper = [(x - rx * 0.55, y - ry * 0.75), (x, y - ry), (x + rx * 0.6, y - ry * 0.72)]
+    upper = [inner, *upper, outer]
+    lower = [(x + rx * 0.5, y + ry * 0.78), (x, y + ry * 0.92), (x - rx * 0.55, y + ry * 0.75)]
+    white = pen.mask(upper, [outer, *lower, inner])
     pen.paint(white, (255, 253, 250))
     r = 1.85 * t.eye_size
     for radius, colour in ((r, darker(t.eye, 0.15)), (r * 0.78, t.eye), (r * 0.48, (24, 18, 26))):
@@ -592,26 +506,20 @@ def paint_beard(pen: Pen, t: Traits, face: Image.Image) -> None:
     colour = mix(darker(t.hair, 0.08), t.skin, 0.1)
     if t.beard == "full":
         edge = [(0, end + 2.0), (w * 0.5, end + 0.8), (w * 0.86, end - 5), (w + 0.3, 37), (w, 30)]
-        pen.shape(
-            edge,
-            [(w, 30), (w - 1.6, 34), (w * 0.72, 39.4), (5.6, 39.2), (0, 38.9)],
-            fill=(colour, darker(colour, 0.14)),
-        )
+        inner = [(w, 30), (w - 1.6, 34), (w * 0.72, 39.4), (5.6, 39.2), (0, 38.9)]
+        pen.shape(edge, inner, fill=(colour, darker(colour, 0.14)))
         pen.ellipse(0, 43, 5.8, 3.0, mix(t.skin, colour, 0.08))
     elif t.beard == "stubble":
         cheek = [(w + 1, 33), (w * 0.86, 37.6), (6.5, 40.2), (3, 39), (0, 39.2)]
         area = pen.mask([(0, 52), (w + 1, 52)], [(w + 1, 52), (w + 1, 33)], cheek)
         pen.paint(ImageChops.darker(area, face), colour, 0.3)
     elif t.beard == "goatee":
-        pen.shape(
-            [(0, 45.2), (3.4, 45.6), (3.8, 47.5), (2.4, end + 0.7), (0, end + 1.4)], fill=colour
-        )
+        tuft = [(0, 45.2), (3.4, 45.6), (3.8, 47.5), (2.4, end + 0.7), (0, end + 1.4)]
+        pen.shape(tuft, fill=colour)
     if t.beard in ("full", "moustache", "goatee"):
-        pen.shape(
-            [(0, 38.9), (2.6, 38.7), (5.2, 40), (6.6, 42.2)],
-            [(6.6, 42.2), (4.2, 41.6), (2, 40.9), (0, 40.6)],
-            fill=darker(colour, 0.08),
-        )
+        upper = [(0, 38.9), (2.6, 38.7), (5.2, 40), (6.6, 42.2)]
+        lower = [(6.6, 42.2), (4.2, 41.6), (2, 40.9), (0, 40.6)]
+        pen.shape(upper, lower, fill=darker(colour, 0.08))
 
 
 # ---------------------------------------------------------------------------- hair
@@ -676,12 +584,9 @@ def paint_back_hair(pen: Pen, t: Traits) -> None:
     cut, shade = CUTS[t.cut], darker(t.hair, 0.26)
     w = t.width
     if cut.is_long:
-        outer = w + cut.side + cut.flare
-        pen.shape(
-            [(0, 14), (w, 18), (outer - 0.6, 30), (outer - 0.6, t.ends)],
-            [(outer - 0.6, t.ends), (0, t.ends)],
-            fill=shade,
-        )
+        outer = w + cut.side + cut.flare - 0.6
+        end = (outer, t.ends)
+        pen.shape([(0, 14), (w, 18), (outer, 30), end], [end, (0, t.ends)], fill=shade)
     if cut.extra == "waves":
         pen.paint(pen.discs(waves(t)), (t.hair, darker(t.hair, 0.15)))
     if t.hat == "none" and cut.extra == "bun":
@@ -694,11 +599,9 @@ def paint_back_hair(pen: Pen, t: Traits) -> None:
 
 def paint_pigtail(pen: Pen, t: Traits) -> None:
     w = t.width
-    pen.shape(
-        [(w - 1, 26), (w + 5, 24), (w + 10, 30), (w + 10.4, 40), (w + 6.4, 50)],
-        [(w + 6.4, 50), (w + 3.6, 42), (w + 1.6, 34), (w - 1, 31)],
-        fill=(lighter(t.hair, 0.05), darker(t.hair, 0.2)),
-    )
+    outer = [(w - 1, 26), (w + 5, 24), (w + 10, 30), (w + 10.4, 40), (w + 6.4, 50)]
+    inner = [(w + 6.4, 50), (w + 3.6, 42), (w + 1.6, 34), (w - 1, 31)]
+    pen.shape(outer, inner, fill=(lighter(t.hair, 0.05), darker(t.hair, 0.2)))
 
 
 def hair_mask(pen: Pen, t: Traits, shift: float = 0.0) -> Image.Image:
@@ -756,10 +659,10 @@ def paint_glasses(pen: Pen, t: Traits) -> None:
         pen.paint(lens, WHITE, 0.16)
         pen.draw.ellipse(box, outline=t.frame, width=stroke)
     else:
-        box = pen.box(x, y, 5.0, 3.9)
-        draw.rounded_rectangle(box, 1.4 * pen.unit, fill=255)
+        box, radius = pen.box(x, y, 5.0, 3.9), 1.4 * pen.unit
+        draw.rounded_rectangle(box, radius, fill=255)
         pen.paint(lens, WHITE, 0.16)
-        pen.draw.rounded_rectangle(box, 1.4 * pen.unit, outline=t.frame, width=stroke)
+        pen.draw.rounded_rectangle(box, radius, outline=t.frame, width=stroke)
     pen.line([(0, 30.2), (x - 4.5, 30.8)], 0.95, t.frame)
     pen.line([(x + 4.7, 30.4), (t.width + 0.4, 30)], 0.95, t.frame)
 
@@ -773,28 +676,20 @@ def paint_hat(pen: Pen, t: Traits) -> None:
     if t.hat == "beanie":
         pen.ellipse(0, 4.2, 3.4, 3.2, lighter(t.hat_colour, 0.4))
         pen.shape(dome, [(w, 20.5), (0, 18)], fill=fill)
-        pen.shape(
-            [(0, 15.4), (w * 0.6, 16.3), (w + 0.5, 18.6)],
-            [(w + 0.4, 24), (w * 0.6, 21.8), (0, 21)],
-            fill=band,
-        )
+        upper = [(0, 15.4), (w * 0.6, 16.3), (w + 0.5, 18.6)]
+        pen.shape(upper, [(w + 0.4, 24), (w * 0.6, 21.8), (0, 21)], fill=band)
     elif t.hat == "cap":
         pen.shape(dome, [(w, 20.5), (w * 0.6, 19.6), (0, 19.3)], fill=fill)
-        pen.shape(
-            [(0, 17.2), (w * 0.6, 17.7), (w, 20.3)],
-            [(w + 0.2, 22.4), (w * 0.62, 22.2), (0, 23.6)],
-            fill=(band, darker(t.hat_colour, 0.36)),
-        )
+        upper = [(0, 17.2), (w * 0.6, 17.7), (w, 20.3)]
+        lower = [(w + 0.2, 22.4), (w * 0.62, 22.2), (0, 23.6)]
+        pen.shape(upper, lower, fill=(band, darker(t.hat_colour, 0.36)))
         pen.ellipse(0, 12.4, 3.0, 2.8, t.cloth_2)
     elif t.hat == "brim":
         pen.ellipse(0, 19.4, w + 8.5, 4.0, band)
         top = [(0, 4), (w * 0.55, 4.4), (w * 0.8, 7), (w * 0.9, 18.4)]
-        pen.shape(top, [(w * 0.9, 18.4), (w * 0.5, 20), (0, 20.4)], fill=fill)
-        pen.shape(
-            [(0, 16.2), (w * 0.5, 15.8), (w * 0.885, 14.4)],
-            [(w * 0.9, 18.4), (w * 0.5, 20), (0, 20.4)],
-            fill=t.cloth_2,
-        )
+        rim = [(w * 0.9, 18.4), (w * 0.5, 20), (0, 20.4)]
+        pen.shape(top, rim, fill=fill)
+        pen.shape([(0, 16.2), (w * 0.5, 15.8), (w * 0.885, 14.4)], rim, fill=t.cloth_2)
 
 
 def paint_scarf(pen: Pen, t: Traits) -> None:
@@ -803,14 +698,8 @@ def paint_scarf(pen: Pen, t: Traits) -> None:
     outer = [(0, 6.2), (w * 0.6, 8.4), (w + 1.8, 18), (w + 3, 32), (w + 2.4, 46), (w + 7, 60)]
     inner = [(w - 1.4, 32), (w - 2.2, 24), (w * 0.6, 19), (0, 17.6)]
     lower = [(0, end - 0.6), (w * 0.45, end - 1.4), (w * 0.8, end - 7), (w - 1.4, 32)]
-    pen.shape(
-        outer,
-        [(w + 7, 60), (w + 7, 66)],
-        [(0, 66), (0, end)],
-        lower,
-        inner,
-        fill=(lighter(t.hat_colour, 0.1), darker(t.hat_colour, 0.14)),
-    )
+    fill = (lighter(t.hat_colour, 0.1), darker(t.hat_colour, 0.14))
+    pen.shape(outer, [(w + 7, 60), (w + 7, 66)], [(0, 66), (0, end)], lower, inner, fill=fill)
     pen.line([(w * 0.9, 43), (w * 0.6, 50), (0, 55.5)], 0.8, darker(t.hat_colour, 0.26))
     pen.line([(w + 2, 48), (w * 0.8, 56), (0, 61.5)], 0.8, darker(t.hat_colour, 0.26))
 
@@ -825,14 +714,6 @@ def lit(half: Image.Image, t: Traits) -> np.ndarray:
     return np.clip(np.asarray(half) * gain * tint, 0, 255).round().astype(np.uint8)
 
 
-def paint_features(pen: Pen, t: Traits, face: Image.Image) -> None:
-    paint_beard(pen, t, face)
-    paint_mouth(pen, t)
-    paint_nose(pen, t)
-    paint_eyes(pen, t)
-    paint_brows(pen, t)
-
-
 def paint_person(pen: Pen, t: Traits) -> None:
     """Paint from the back to the front."""
     covered = t.hat == "scarf"
@@ -842,7 +723,9 @@ def paint_person(pen: Pen, t: Traits) -> None:
     paint_clothes(pen, t)
     paint_ears(pen, t)
     face = paint_face(pen, t)
-    paint_features(pen, t, face)
+    paint_beard(pen, t, face)
+    for paint in (paint_mouth, paint_nose, paint_eyes, paint_brows):
+        paint(pen, t)
     if covered:
         paint_scarf(pen, t)
     else:
@@ -898,11 +781,9 @@ def write_portraits(folder: Path, seed: int, number: int, start: int, size: int)
         if value < 0:
             raise ValueError(f"{name} is {value}; it must be 0 or more")
     folder.mkdir(parents=True, exist_ok=True)
-    for done, portrait in enumerate(portraits(seed, number, start, size), 1):
-        portrait.save(folder / f"{start + done - 1:06d}.png")
-        if sys.stderr.isatty() and (done % 100 == 0 or done == number):
-            end = "\n" if done == number else ""
-            print(f"\r{done}/{number}", end=end, file=sys.stderr, flush=True)
+    progress = tqdm(portraits(seed, number, start, size), total=number, disable=None)
+    for index, portrait in enumerate(progress, start):
+        portrait.save(folder / f"{index:06d}.png")
 
 
 def main() -> int:

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_portraits import draw_portrait
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from guided_diffusion import load_inpainter  # noqa: E402  (after the path is set)
+from data.make_portraits import draw_portrait  # noqa: E402  (after the path is set)
+from guided_diffusion import load_inpainter  # noqa: E402
+from guided_diffusion.inpainter import Inpainter  # noqa: E402
 
 HELD_OUT_SEED = 1  # the training portraits have seed 0
 FIRST = 1000  # well away from the demo's portraits
@@ -39,11 +40,8 @@ def main() -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another setting"
     )
     arguments = parser.parse_args()
-    portraits = [
-        np.asarray(draw_portrait(HELD_OUT_SEED, FIRST + i)) for i in range(arguments.number)
-    ]
     os.chdir(ROOT)  # where the demo's paths start
-    truth = torch.from_numpy(np.stack(portraits)).permute(0, 3, 1, 2) / 127.5 - 1  # (N, 3, S, S)
+    truth = held_out(arguments.number)
     precisions = ["fp32", *filter(None, [arguments.precision])]
     keep_mask = torch.ones(len(truth), 1, *truth.shape[2:])
     keep_mask[..., truth.shape[3] // 2 :] = 0
@@ -53,19 +51,23 @@ def main() -> None:
         in_fp32 = None
         for precision in precisions:
             settings = [f"precision={precision}", f"{JUMPS}={jump_n_sample}", *arguments.set]
-            results = complete(arguments.conf_path, settings, truth, keep_mask)
+            inpaint = load_inpainter(arguments.conf_path, overrides=settings)
+            results = complete(inpaint, truth, keep_mask)
             in_fp32 = results if in_fp32 is None else in_fp32
             errors = (hidden_difference(results, other, keep_mask) for other in (truth, in_fp32))
             print("| {} | {} | {:.2f} | {:.2f} |".format(jump_n_sample, precision, *errors))
 
 
-def complete(
-    conf_path: str, settings: list[str], truth: torch.Tensor, keep_mask: torch.Tensor
-) -> torch.Tensor:
-    """The portraits with what the model puts in place of the hidden half, (N, 3, S, S)."""
-    inpaint = load_inpainter(conf_path, overrides=settings)
-    batches = [slice(i, i + BATCH) for i in range(0, len(truth), BATCH)]
-    results = [inpaint(truth[batch], keep_mask[batch], seed=batch.start) for batch in batches]
+def held_out(number: int) -> torch.Tensor:
+    """Portraits that neither the training nor the demo has: (number, 3, 64, 64) in [-1, 1]."""
+    portraits = [np.asarray(draw_portrait(HELD_OUT_SEED, FIRST + i)) for i in range(number)]
+    return torch.from_numpy(np.stack(portraits)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def complete(inpaint: Inpainter, gt: torch.Tensor, keep_mask: torch.Tensor) -> torch.Tensor:
+    """The pictures with what the model puts in place of what is hidden: (N, 3, S, S)."""
+    batches = [slice(i, i + BATCH) for i in range(0, len(gt), BATCH)]
+    results = [inpaint(gt[batch], keep_mask[batch], seed=batch.start) for batch in batches]
     return torch.cat(results).clamp(-1, 1)
 
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +27,10 @@ if __package__ is None or __package__ == "":  # run by path: make the package im
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from guided_diffusion.config import UserError, load_config
+from guided_diffusion.config.errors import exit_status
 from guided_diffusion.evaluation.bootstrap import Estimate
 from guided_diffusion.evaluation.paper import KINDS
-from guided_diffusion.evaluation.table import Evaluation, evaluate, load_networks, markdown_table
+from guided_diffusion.evaluation.table import load_networks, markdown_table, measure
 from guided_diffusion.images.files import encode_png
 from guided_diffusion.machine import storage
 from guided_diffusion.masks.kinds import draw_mask, mask_rng
@@ -46,7 +47,7 @@ CONFIG = "confs/demo.yml"
 NUMBER, SIZE = 64, 64  # portraits, and their side
 SEED, FIRST = 1, 1000  # of data/make_portraits.py: the training portraits have seed 0
 BATCH = 16
-FIGURES = {  # column of the evaluation -> its head, decimal places
+FIGURES = {  # column of the scores -> its head, decimal places
     "hole_l1": ("L1 (of 255)", 2),
     "hole_psnr": ("PSNR (dB)", 2),
     "hole_ssim": ("SSIM", 4),
@@ -78,16 +79,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", metavar="FILE", help=f"the page ({FOLDER}/study.md)")
-    arguments = parser.parse_args()
-    try:
-        run_portraits(arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(partial(run_portraits, parser.parse_args().out))
 
 
 def run_portraits(out: str | None = None) -> None:
@@ -97,18 +89,16 @@ def run_portraits(out: str | None = None) -> None:
     """
     out = out or f"{FOLDER}/study.md"
     _check_out(out)
-    stem = out.removesuffix(".md")
-    plots = {"masks": f"{stem}_masks.png", "jumps": f"{stem}_jumps.png"}
     _import_figure()  # fails now or not at all
     load_config(CONFIG)  # likewise, outside the repository's folder
     networks = load_networks()
     _inpaint()
     study = Study({cell: _measure(cell, networks) for cell in CELLS})
-    _write(plots["masks"], study.plot_masks())
-    _write(plots["jumps"], study.plot_jumps())
-    names = {kind: Path(path).name for kind, path in plots.items()}
-    _write(out, study.page(out, names).encode())
-    print(f"written: {out}, {plots['masks']} and {plots['jumps']}")
+    stem = out.removesuffix(".md")
+    _write(f"{stem}_masks.png", study.plot_masks())
+    _write(f"{stem}_jumps.png", study.plot_jumps())
+    _write(out, study.page(out).encode())
+    print(f"written: {out}, {stem}_masks.png and {stem}_jumps.png")
 
 
 def _check_out(out: str) -> None:
@@ -186,10 +176,10 @@ class Measured:
 
 def _measure(cell: Cell, networks: Sequence[Lpips]) -> Measured:
     record = json.loads(Path(f"{cell.folder}/run.json").read_text(encoding="utf-8"))
-    evaluation: Evaluation = evaluate(
+    scores = measure(
         f"{cell.folder}/inpainted", f"{FOLDER}/gts", f"{FOLDER}/masks/{cell.kind}", networks
     )
-    return Measured(record["evaluations_per_image"], evaluation.summary())
+    return Measured(record["evaluations_per_image"], scores.summary())
 
 
 # ---- The page ---------------------------------------------------------------------------------
@@ -206,7 +196,7 @@ means over the holes alone, with 95 % bootstrap intervals over the portraits.
 
 {masks}
 
-![Error against evaluations for six kinds of masks]({masks_plot})
+![Error against evaluations for six kinds of masks]({stem}_masks.png)
 
 ## How far to jump, and how often
 
@@ -214,7 +204,7 @@ Wide masks; the mean absolute error in the hole (L1, of 255), and below it the e
 
 {jumps}
 
-![Error against r for three jump lengths]({jumps_plot})
+![Error against r for three jump lengths]({stem}_jumps.png)
 """
 
 
@@ -230,16 +220,15 @@ class Study:
         first = next(iter(self.cells.values()))
         return [column for column in FIGURES if column in first.figures]
 
-    def page(self, out: str, plots: dict[str, str]) -> str:
-        """Markdown. out: where it goes. plots: names of the files."""
+    def page(self, out: str) -> str:
+        """Markdown. out: where it goes; the plots lie beside it."""
         return _PAGE.format(
             out=out,
+            stem=Path(out).stem,
             number=NUMBER,
             size=SIZE,
             masks=markdown_table(list(self._mask_rows())),
             jumps=markdown_table(list(self._jump_rows())),
-            masks_plot=plots["masks"],
-            jumps_plot=plots["jumps"],
         )
 
     def _mask_rows(self) -> Iterator[list[str]]:

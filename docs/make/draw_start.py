@@ -16,24 +16,20 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from make_portraits import draw_portrait
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from guided_diffusion import load_inpainter  # noqa: E402  (after the path is set)
+from data.score_portraits import complete, held_out  # noqa: E402  (after the path is set)
+from guided_diffusion import load_inpainter  # noqa: E402
 from guided_diffusion.images.tensors import to_bytes  # noqa: E402
 from guided_diffusion.inpainter import Inpainter  # noqa: E402
 
 CONFIG = "confs/demo.yml"
-HELD_OUT_SEED = 1  # the training portraits have seed 0
-FIRST = 1000  # well away from the demo's portraits
 TIMES = (0, 2, 4, 6, 8, 11, 14, 17, 20, 24)  # of the demo's 25
 DRAWN_TIMES, DRAWN = TIMES[1:], (0, 1, 2)
-BATCH = 16
 SIDE, GAP = 64, 4
 LEFT, RIGHT = (..., slice(None, SIDE // 2)), (..., slice(SIDE // 2, None))
 # Where everything is unknown, resampling has nothing to fit new parts to, and only forgets.
@@ -48,10 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Start the embedded model from wrong pastes.")
     parser.add_argument("--number", type=int, default=16, help="how many portraits (16)")
     number = parser.parse_args().number
-    portraits = [np.asarray(draw_portrait(HELD_OUT_SEED, FIRST + i)) for i in range(2 * number)]
     os.chdir(ROOT)  # where the demo's paths start
-    pictures = torch.from_numpy(np.stack(portraits)).permute(0, 3, 1, 2) / 127.5 - 1
-    truth, others = pictures.split(number)  # (N, 3, S, S)
+    truth, others = held_out(2 * number).split(number)  # (N, 3, S, S)
     paste = torch.cat([truth[LEFT], others[RIGHT]], dim=3)
     print(f"The paste's right half is {difference(paste, truth, RIGHT):.2f} from the truth.")
     results = {}
@@ -72,9 +66,7 @@ def repair(inpaint: Inpainter, paste: torch.Tensor, unknown: str) -> torch.Tenso
     keep_mask = torch.zeros(len(paste), 1, SIDE, SIDE)
     if unknown != "everything":
         keep_mask[LEFT] = 1
-    batches = [slice(i, i + BATCH) for i in range(0, len(paste), BATCH)]
-    parts = [inpaint(paste[batch], keep_mask[batch], seed=batch.start) for batch in batches]
-    return torch.cat(parts).clamp(-1, 1)
+    return complete(inpaint, paste, keep_mask)
 
 
 def print_row(

@@ -94,8 +94,8 @@ def _grouped(
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Truth -> its results, and the results without one.
 
-    Names are read in one way for all of a folder, that which gives more results a truth: so `x_0`
-    is a sample of `x`, or the only result of a truth that is called `x_0` itself.
+    `x_0` may be a sample of `x`, or the only result of a truth that is called `x_0` itself. All
+    names of a folder are read in the same way: the way that finds a truth for more results.
     """
     of_one = _read_names(results, truths, lambda name: (name, 0))
     of_several = _read_names(results, truths, _split_sample)
@@ -161,7 +161,7 @@ def _check_size(path: str, picture: np.ndarray, truth_path: str, truth: np.ndarr
 
 
 def load_networks() -> list[Lpips]:
-    """LPIPS with those networks whose weights are there; of the others, a line on stderr tells.
+    """LPIPS with the networks whose weights are there; a line on stderr names the others.
 
     Raises UserError if weights are damaged.
     """
@@ -178,9 +178,9 @@ def load_networks() -> list[Lpips]:
     return [lpips.load(name) for name in there]
 
 
-def evaluate(
+def measure(
     results_dir: str, gt_dir: str, masks_dir: str | None = None, networks: Sequence[Lpips] = ()
-) -> Evaluation:
+) -> Scores:
     """Measure every result in a folder.
 
     masks_dir: 255 = known; where it is less than 128 is the hole. None: the whole image only.
@@ -196,7 +196,7 @@ def evaluate(
     if networks:  # last, since it takes the time
         for pair, row in zip(with_progress(pairs), rows, strict=True):
             row.figures.update(perceptual(pair, networks))
-    return Evaluation(rows)
+    return Scores(rows)
 
 
 def with_progress(pairs: list[Pair]) -> Iterable[Pair]:
@@ -269,7 +269,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Scores:
     """The figures of all images."""
 
     rows: list[Row]
@@ -290,11 +290,11 @@ class Evaluation:
     def to_csv(self) -> str:
         """One line an image, and nothing else below the header."""
         head = ("image", "samples", *self.columns)
-        rows = (
-            (row.name, row.samples, *(_cell(row.figures.get(column)) for column in self.columns))
-            for row in self.rows
-        )
-        return csv_text([head, *rows])
+        return csv_text([head, *map(self._cells, self.rows)])
+
+    def _cells(self, row: Row) -> tuple[object, ...]:
+        figures = (row.figures.get(column) for column in self.columns)
+        return row.name, row.samples, *("" if x is None else f"{x:.6g}" for x in figures)
 
     def to_markdown(self) -> str:
         """The means, with their intervals, for people."""
@@ -328,10 +328,6 @@ class Evaluation:
                     "infinite, and left out of the mean."
                 )
         return notes
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -304,23 +304,26 @@ def _acquire(file: BinaryIO, wait: bool) -> bool:
 
     Raises BlockingIOError, with what is in the file, if another has it and this is not to wait.
     """
-    try:
-        import fcntl  # not on Windows
+    from filelock import lock_descriptor
 
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        file.seek(0)
-        raise BlockingIOError(file.read().decode() or "another process") from error
-    except ImportError:
-        return False
+    try:
+        locked = lock_descriptor(file.fileno(), blocking=wait)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return False
         raise
+    if not locked:
+        raise BlockingIOError(_holder(file))
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    file.write(f" process {os.getpid()} on {socket.gethostname()}".encode())
     file.flush()
     return True
+
+
+def _holder(file: BinaryIO) -> str:
+    """Who has locked a file: what it says after its first byte, which Windows lets nobody read."""
+    file.seek(1)
+    return file.read().decode() or "another process"
 
 
 def _warn_of_no_locks(path: str) -> None:

@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor
 
-from guided_diffusion.config import UserError
+from guided_diffusion.config.errors import UserError, exit_status
 from guided_diffusion.images.files import (
     encode_png,
     is_image_name,
@@ -62,19 +62,31 @@ EDIT_HELP = {
 }
 
 
+OPTION_HELP = {
+    "--size": "256, or 640x480 (width x height)",
+    "--like": "one mask of the same name and size for each image there",
+    "--number": "how many masks (1)",
+    "--seed": "for other random masks (0); mask i depends on the seed and i alone",
+    "--overwrite": "replace files that exist",
+    "--side": f"the half to fill in: {', '.join(SIDES)} (right, as genhalf)",
+    "--keep": "share of each side that is kept (0.25, as ex64: a sixteenth of the area)",
+    "--colour": "the colour, in quotes, or its name",
+    "--tolerance": "how far red, green and blue may be off, of 255, as a JPEG does not keep "
+    "colours exactly (16; 0 = that colour alone)",
+    "--by": "how far, from the centre of a pixel to that of another",
+    "--at": "what is as bright as this, of 255, or brighter is kept (128)",
+}
+
+
 def main() -> int:
-    try:
-        arguments = parse_arguments(sys.argv[1:])
-        targets, masks = (_draw if arguments.command in KINDS else _edit)(arguments)
-        _check_free(targets, arguments.out, arguments.overwrite)
-        _write(targets, masks, arguments.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(_run)
+
+
+def _run() -> None:
+    arguments = parse_arguments(sys.argv[1:])
+    targets, masks = (_draw if arguments.command in KINDS else _edit)(arguments)
+    _check_free(targets, arguments.out, arguments.overwrite)
+    _write(targets, masks, arguments.out)
 
 
 # ---- The command line ----
@@ -91,47 +103,40 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="KIND", required=True)
     for name, text in (KIND_HELP | EDIT_HELP).items():
         command = commands.add_parser(name, help=text, description=f"{name}: {text}.")
-        (_add_drawing if name in KINDS else _add_editing)(command)
-        for option, settings in OPTIONS.get(name, {}).items():
-            command.add_argument(option, **settings)
+        _add_arguments(command, name)
     if words and not words[0].startswith("-"):
         check_name(words[0], commands.choices, "kind")
     return parser.parse_args(words)
 
 
-def _add_drawing(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("out", metavar="OUT", help="a folder, or a .png file for a single mask")
-    sizes = command.add_mutually_exclusive_group()
-    sizes.add_argument(
-        "--size",
-        type=_size,
-        default=(256, 256),
-        metavar="S",
-        help="256, or 640x480 (width x height)",
-    )
-    sizes.add_argument(
-        "--like", metavar="FOLDER", help="one mask of the same name and size for each image there"
-    )
-    add("--number", type=_whole("--number", 1), metavar="N", help="how many masks (1)")
-    add(
-        "--seed",
-        type=_whole("--seed", 0),
-        default=0,
-        metavar="S",
-        help="for other random masks (0); mask i depends on the seed and i alone",
-    )
-    _add_overwrite(command)
-
-
-def _add_editing(command: argparse.ArgumentParser) -> None:
-    command.add_argument("image", metavar="IMAGE", help="a picture, or a folder of them")
+def _add_arguments(command: argparse.ArgumentParser, kind: str) -> None:
+    add = partial(_add, command.add_argument)
+    if kind in EDITS:
+        command.add_argument("image", metavar="IMAGE", help="a picture, or a folder of them")
     command.add_argument("out", metavar="OUT", help="a folder, or a .png file for a single mask")
-    _add_overwrite(command)
+    if kind in KINDS:
+        sizes = command.add_mutually_exclusive_group()
+        _add(sizes.add_argument, "--size", type=_size, default=(256, 256), metavar="S")
+        _add(sizes.add_argument, "--like", metavar="FOLDER")
+        add("--number", type=_whole("--number", 1), metavar="N")
+        add("--seed", type=_whole("--seed", 0), default=0, metavar="S")
+    add("--overwrite", action="store_true")
+    match kind:
+        case "half":
+            add("--side", default="right", metavar="SIDE")
+        case "expand":
+            add("--keep", type=_share, default=0.25, metavar="SHARE")
+        case "from-colour":
+            add("--colour", type=_colour, required=True, metavar="'#RRGGBB'")
+            add("--tolerance", type=_whole("--tolerance", 0, 255), default=16, metavar="LEVELS")
+        case "grow" | "shrink":
+            add("--by", type=_whole("--by", 1), required=True, metavar="PIXELS")
+        case "threshold":
+            add("--at", type=_whole("--at", 1, 255), default=128, metavar="LEVEL")
 
 
-def _add_overwrite(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+def _add(add_argument: Callable[..., object], option: str, **settings: object) -> None:
+    add_argument(option, help=OPTION_HELP[option], **settings)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -171,56 +176,6 @@ def _colour(text: str) -> tuple[int, int, int]:
             f"--colour: found {text}; accepted: '#ff00ff' (in quotes), ff00ff, or a name as magenta"
         ) from None
     return red, green, blue
-
-
-_BY = {
-    "type": _whole("--by", 1),
-    "required": True,
-    "metavar": "PIXELS",
-    "help": "how far, from the centre of a pixel to that of another",
-}
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {  # kind -> option -> what argparse takes
-    "half": {
-        "--side": {
-            "default": "right",
-            "metavar": "SIDE",
-            "help": f"the half to fill in: {', '.join(SIDES)} (right, as genhalf)",
-        }
-    },
-    "expand": {
-        "--keep": {
-            "type": _share,
-            "default": 0.25,
-            "metavar": "SHARE",
-            "help": "share of each side that is kept (0.25, as ex64: a sixteenth of the area)",
-        }
-    },
-    "from-colour": {
-        "--colour": {
-            "type": _colour,
-            "required": True,
-            "metavar": "'#RRGGBB'",
-            "help": "the colour, in quotes, or its name",
-        },
-        "--tolerance": {
-            "type": _whole("--tolerance", 0, 255),
-            "default": 16,
-            "metavar": "LEVELS",
-            "help": "how far red, green and blue may be off, of 255, as a JPEG does not keep "
-            "colours exactly (16; 0 = that colour alone)",
-        },
-    },
-    "grow": {"--by": _BY},
-    "shrink": {"--by": _BY},
-    "threshold": {
-        "--at": {
-            "type": _whole("--at", 1, 255),
-            "default": 128,
-            "metavar": "LEVEL",
-            "help": "what is as bright as this, of 255, or brighter is kept (128)",
-        }
-    },
-}
 
 
 # ---- Masks, and where they go ----

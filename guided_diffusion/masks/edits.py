@@ -17,7 +17,7 @@ from guided_diffusion.config import UserError
 def from_alpha(picture: Image.Image) -> np.ndarray:
     """Fill in what is transparent, if only a little; keep what is opaque.
 
-    What a soft eraser left half transparent still shows what is to go, so that it goes as well.
+    A soft eraser leaves pixels half transparent. They still show what is to go, so they go too.
     Raises UserError if the picture has no transparency, or is nowhere, or everywhere, opaque.
     """
     if not picture.has_transparency_data:
@@ -131,8 +131,8 @@ def _check_reach(mask: np.ndarray, by: int) -> None:
 def _spread(inside: np.ndarray, by: int) -> np.ndarray:
     """All pixels within a disc of radius `by` of one that is inside: bool (H, W).
 
-    Row by row of the disc: whether any pixel of its stretch is inside tells a difference of two
-    sums from the left edge on.
+    A row of the disc covers a stretch of pixels. The difference of two sums, each from the left
+    edge on, tells whether any pixel of the stretch is inside.
     """
     height, width = inside.shape
     padded = np.pad(inside, ((by, by), (by + 1, by)))

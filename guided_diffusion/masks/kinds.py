@@ -63,15 +63,10 @@ def check_size(size: Size, what: str) -> None:
 # ---- Fixed kinds ----
 
 
-def _second_lines(size: Size, rng: np.random.Generator) -> np.ndarray:
+def _only(kept: slice | tuple[slice, slice], size: Size) -> np.ndarray:
+    """A mask that keeps these rows, or these rows of these columns."""
     mask = _all_of(FILL_IN, size)
-    mask[1::2] = KEEP
-    return mask
-
-
-def _second_pixels(size: Size, rng: np.random.Generator) -> np.ndarray:
-    mask = _all_of(FILL_IN, size)
-    mask[1::2, 1::2] = KEEP
+    mask[kept] = KEEP
     return mask
 
 
@@ -96,17 +91,7 @@ def _expand(size: Size, rng: np.random.Generator, keep: float = 0.25) -> np.ndar
         )
     width, height = (max(1, round(keep * side)) for side in size)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    mask = _all_of(FILL_IN, size)
-    mask[top : top + height, left : left + width] = KEEP
-    return mask
-
-
-def _published_half(size: Size, rng: np.random.Generator) -> np.ndarray:
-    return _half(size, rng, side="right")
-
-
-def _published_expand(size: Size, rng: np.random.Generator) -> np.ndarray:
-    return _expand(size, rng, keep=0.25)
+    return _only(np.s_[top : top + height, left : left + width], size)
 
 
 def _all_of(value: int, size: Size) -> np.ndarray:
@@ -245,10 +230,10 @@ def _point_on(edge: str, size: Size, rng: np.random.Generator) -> np.ndarray:
 KINDS: dict[str, Draw] = {
     "thick": _thick,
     "thin": _thin,
-    "ev2li": _second_lines,
-    "nn2": _second_pixels,
-    "genhalf": _published_half,
-    "ex64": _published_expand,
+    "ev2li": lambda size, rng: _only(np.s_[1::2], size),
+    "nn2": lambda size, rng: _only(np.s_[1::2, 1::2], size),
+    "genhalf": lambda size, rng: _half(size, rng, side="right"),
+    "ex64": lambda size, rng: _expand(size, rng, keep=0.25),
     "box": _box,
     "lines": _lines,
     "half": _half,

@@ -10,15 +10,14 @@ import hashlib
 import io
 import os
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path, PurePath
-from string import Template
 from urllib.parse import quote
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from guided_diffusion.config import UserError
@@ -28,7 +27,13 @@ from guided_diffusion.machine import storage
 LARGE = 512  # the longest side of a picture that is shown as it is, in pixels
 THREADS = 4  # that make thumbnails; each holds one picture, of any size
 
-_TEMPLATE = Path(__file__).with_name("report_template.html")
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,  # names of files are shown as text, whatever is in them
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 _SHOWN_BY_BROWSERS = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp")
 
 
@@ -70,11 +75,9 @@ def write_report(path: str, title: str, facts: Mapping[str, str], rows: Iterable
     paths = list(dict.fromkeys(path for row in rows for path in row.pictures()))
     with ThreadPoolExecutor(THREADS) as pool:
         found = dict(zip(paths, pool.map(partial(_picture, page=path), paths), strict=True))
-    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        facts=_lines(_fact(name, value) for name, value in facts.items()),
-        rows=_lines(_row(row, found, path) for row in rows) or "<p>No images yet.</p>",
-    )
+    shown = [_shown(row, found, path) for row in rows]
+    template = _ENVIRONMENT.get_template("report_template.html")
+    page = template.render(title=title, facts=facts, rows=shown)
     # A file's name may have bytes that are no text.
     storage.write_atomically(path, page.encode("utf-8", errors="replace"))
 
@@ -130,7 +133,7 @@ def _write_thumbnail(path: str, thumbnail: str) -> None:
 
 
 def _is_of(thumbnail: str, path: str) -> bool:
-    """Whether a thumbnail is there, of a picture as it is now: then it has its time."""
+    """Whether there is a thumbnail of the picture as it is now: both then have the same time."""
     try:
         return os.stat(thumbnail).st_mtime_ns == os.stat(path).st_mtime_ns
     except OSError:  # also where one is in a store
@@ -161,21 +164,16 @@ def _root(path: str) -> str:
 
 def _relative(path: str, page: str) -> str:
     if storage.is_remote(path):
-        return posixpath.relpath(_key(path), posixpath.dirname(_key(page)))
+        return posixpath.relpath(path, posixpath.dirname(page))
     # By the paths' text, as browsers do it, links or not.
     return PurePath(os.path.relpath(path, os.path.dirname(os.path.abspath(page)))).as_posix()
-
-
-def _key(path: str) -> str:
-    """The path within its store, with a slash before it."""
-    return path[len(_root(path)) :]
 
 
 def _quote(path: str) -> str:
     return quote(path.encode("utf-8", errors="surrogateescape"))
 
 
-# ---- HTML ----
+# ---- Rows as the template takes them ----
 
 
 @dataclass(frozen=True)
@@ -185,91 +183,34 @@ class _Shown:
     kind: str  # Input, Masked, Result, Result 2
     alt: str
     picture: _Picture
-
-    def image(self, side: str = "") -> str:
-        """side: of the comparison, left or right."""
-        place = f' class="{side}"' if side else ""
-        return (
-            f'<img{place} src="{self.picture.shown}" alt="{self.alt}" '
-            'loading="lazy" decoding="async" draggable="false">'
-        )
-
-    def button(self, caption: str, pressed: bool) -> str:
-        """A button that brings the picture into the comparison."""
-        return (
-            f'<button type="button" aria-pressed="{str(pressed).lower()}" '
-            f'title="{self.alt}" value="{self.picture.shown}">{caption}</button>'
-        )
-
-    def figure(self, remark: str) -> str:
-        """The picture, a link to its file, and what to say below it."""
-        return (
-            f'<figure><a href="{self.picture.link}">{self.image()}</a>'
-            f"<figcaption><b>{self.kind}</b>{remark}</figcaption></figure>"
-        )
+    remarks: tuple[str, ...] = ()  # what to say below it
 
 
-def _fact(name: str, value: str) -> str:
-    return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+@dataclass(frozen=True)
+class _ShownRow:
+    """A row with all that the page says of it."""
+
+    name: str  # sub/x.png
+    process: str | None  # URL of the animation
+    before: list[_Shown]  # input and masked, or masked alone
+    results: list[_Shown]
 
 
-def _row(row: Row, found: Mapping[str, _Picture], page: str) -> str:
-    shown = [
-        _Shown(kind, escape(f"{kind} of {row.name}"), found[path])
-        for kind, path in zip(_kinds(row), row.pictures(), strict=True)
-    ]
-    before, results = shown[: -len(row.results)], shown[-len(row.results) :]
-    width, height = results[0].picture.size
-    remarks = [""] * len(before) + [
-        f'<span class="number">{_duration(seconds)}</span><span class="number">seed {seed}</span>'
-        for seconds, seed in zip(row.seconds, row.seeds, strict=True)
-    ]
-    figures = (each.figure(remark) for each, remark in zip(shown, remarks, strict=True))
-    return (
-        f'<article class="row" style="--ratio:{width}/{height}">\n{_head(row, page)}\n'
-        f"{_comparison(row.name, before, results)}\n"
-        f'<div class="pictures">\n{_lines(figures)}\n</div>\n</article>'
+def _shown(row: Row, found: Mapping[str, _Picture], page: str) -> _ShownRow:
+    def shown(kind: str, path: str, *remarks: str) -> _Shown:
+        return _Shown(kind, f"{kind} of {row.name}", found[path], remarks)
+
+    several = len(row.results) > 1
+    made = zip(row.results, row.seconds, row.seeds, strict=True)
+    return _ShownRow(
+        row.name,
+        row.process and _link(row.process, page),
+        [*([shown("Input", row.input)] if row.input else []), shown("Masked", row.masked)],
+        [
+            shown(f"Result {i}" if several else "Result", path, _duration(seconds), f"seed {seed}")
+            for i, (path, seconds, seed) in enumerate(made, start=1)
+        ],
     )
-
-
-def _kinds(row: Row) -> list[str]:
-    """What the pictures of a row are, in their order."""
-    number = len(row.results)
-    results = [f"Result {i}" for i in range(1, number + 1)] if number > 1 else ["Result"]
-    return [*(["Input"] if row.input else []), "Masked", *results]
-
-
-def _head(row: Row, page: str) -> str:
-    folder, name = posixpath.split(row.name)
-    folder = f"<span>{escape(folder)}/</span>" if folder else ""
-    process = f'<a href="{_link(row.process, page)}">Watch the process</a>' if row.process else ""
-    return f'<div class="head"><h2>{folder}{escape(name)}</h2>{process}</div>'
-
-
-def _comparison(name: str, before: Sequence[_Shown], results: Sequence[_Shown]) -> str:
-    """Two pictures, one upon the other, which is cut off where the handle is."""
-    stage = f'{before[0].image("left")}{results[0].image("right")}<div class="handle"></div>'
-    label = escape(f"{name}: share of the left picture, in percent")
-    numbers = [str(number) for number in range(1, len(results) + 1)]
-    choices = _choices("", before, [each.kind for each in before], "left")
-    choices += _choices("Result", results, numbers, "right")
-    return (
-        f'<div class="compare"><div class="stage">{stage}</div>\n'
-        f'<input type="range" value="50" autocomplete="off" aria-label="{label}">\n'
-        f'<div class="choices">{choices}</div></div>'
-    )
-
-
-def _choices(label: str, shown: Sequence[_Shown], captions: Sequence[str], side: str) -> str:
-    """What is on one side of the comparison: buttons to choose from, or the only picture's kind."""
-    if len(shown) == 1:
-        return f'<span class="label">{shown[0].kind}</span>'
-    label = f'<span class="label">{label}</span>' if label else ""
-    buttons = "".join(
-        each.button(caption, pressed=each is shown[0])
-        for each, caption in zip(shown, captions, strict=True)
-    )
-    return f'<span data-side="{side}">{label}{buttons}</span>'
 
 
 def _duration(seconds: float) -> str:
@@ -280,7 +221,3 @@ def _duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02} s"
     return f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _lines(parts: Iterable[str]) -> str:
-    return "\n".join(parts)

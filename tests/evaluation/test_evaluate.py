@@ -18,7 +18,7 @@ from PIL import Image
 import evaluate as command
 from guided_diffusion.config import UserError
 from guided_diffusion.evaluation import distortion, lpips_files, paper
-from guided_diffusion.evaluation.table import Evaluation, Row, evaluate, find_pairs
+from guided_diffusion.evaluation.table import Row, Scores, find_pairs, measure
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16
@@ -180,7 +180,7 @@ def test_half_kept_is_known_and_less_is_hole(case):
     save(Path("gt/a.png"), 100)
     save(Path("results/a.png"), half(100, 110))
     save(Path("masks/a.png"), half(128, 127))
-    (row,) = evaluate("results", "gt", "masks").rows
+    (row,) = measure("results", "gt", "masks").rows
     assert row.figures["hole_l1"] == 10
 
 
@@ -189,7 +189,7 @@ def test_ssim_of_a_hole_that_is_everything_is_that_of_the_image(case):
     for folder in ("gt", "results"):
         save(Path(f"{folder}/a.png"), rng.integers(0, 256, (SIZE, SIZE)).astype(np.uint8))
     save(Path("masks/a.png"), 0)
-    (row,) = evaluate("results", "gt", "masks").rows
+    (row,) = measure("results", "gt", "masks").rows
     for key in ("l1", "psnr", "ssim"):
         assert row.figures[f"hole_{key}"] == pytest.approx(row.figures[key], rel=1e-12)
 
@@ -202,7 +202,7 @@ def test_ssim_over_the_hole_is_the_mean_of_its_part_of_the_map(case):
     save(Path("results/a.png"), pictures[0])
     save(Path("gt/a.png"), pictures[1])
     save(Path("masks/a.png"), np.where(hole, 0, 255).astype(np.uint8))
-    (row,) = evaluate("results", "gt", "masks").rows
+    (row,) = measure("results", "gt", "masks").rows
     rgb = [picture[..., None].repeat(3, axis=2) for picture in pictures]
     # The map begins at pixel (5, 5): of the hole's rows 3 to 6 the last two are in it.
     part = distortion.ssim_map(*rgb)[0:2, 4:8]
@@ -303,15 +303,15 @@ def test_diversity_is_the_mean_over_pairs_of_samples(case):
     save(Path("masks/a.png"), half(255, 0))
     for sample, error in enumerate((10, 20, 40)):
         save(Path(f"results/a_{sample}.png"), half(100, 100 + error))
-    evaluation = evaluate("results", "gt", "masks", networks=[Grey()])
-    (row,) = evaluation.rows
+    scores = measure("results", "gt", "masks", networks=[Grey()])
+    (row,) = scores.rows
     assert row.samples == 3
     assert row.figures["lpips_alex"] == pytest.approx((5 + 10 + 20) / 3)
     assert row.figures["hole_lpips_alex"] == pytest.approx((10 + 20 + 40) / 3)
     assert row.figures["diversity_alex"] == pytest.approx((5 + 15 + 10) / 3)
     assert row.figures["hole_diversity_alex"] == pytest.approx((10 + 30 + 20) / 3)
     assert row.figures["hole_l1"] == pytest.approx((10 + 20 + 40) / 3)
-    text = evaluation.to_markdown()
+    text = scores.to_markdown()
     assert "| diversity (LPIPS between samples, AlexNet) | higher | 10.0000 " in text
     assert text.endswith("\n1 image, 3 samples of each: mean.")
 
@@ -321,17 +321,17 @@ def test_images_with_one_sample_have_no_diversity(case):
     save(Path("gt/b.png"), 100)
     for name in ("a_0", "b_0", "b_1"):
         save(Path(f"results/{name}.png"), 110)
-    evaluation = evaluate("results", "gt", networks=[Grey()])
-    assert evaluation.summary()["diversity_alex"].number == 1
-    rows = list(csv.DictReader(io.StringIO(evaluation.to_csv())))
+    scores = measure("results", "gt", networks=[Grey()])
+    assert scores.summary()["diversity_alex"].number == 1
+    rows = list(csv.DictReader(io.StringIO(scores.to_csv())))
     assert [row["diversity_alex"] for row in rows] == ["", "0"]
     assert [row["samples"] for row in rows] == ["1", "2"]
-    assert "2 images, 1 or 2 samples of each: mean [" in evaluation.to_markdown()
+    assert "2 images, 1 or 2 samples of each: mean [" in scores.to_markdown()
 
 
 def test_the_summary_is_by_column():
     rows = [Row("a", 1, {"l1": 1.0, "psnr": math.inf}), Row("b", 1, {"l1": 3.0, "psnr": 20.0})]
-    summary = Evaluation(rows).summary()
+    summary = Scores(rows).summary()
     assert (summary["l1"].mean, summary["l1"].low, summary["l1"].high) == (2, 1, 3)
     assert (summary["psnr"].mean, summary["psnr"].number) == (20, 1)
     assert list(summary) == ["l1", "psnr"]

@@ -5,6 +5,7 @@ the real one, and so is HTTP. What no emulation can show is whether the stores' 
 read them; whatever `storage` does with a store when all is well is tested in test_storage.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import time
 import warnings
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 import yaml
@@ -435,7 +437,10 @@ def test_a_download_that_ends_early_is_not_kept(cloud, store):
 
 
 def test_where_nothing_can_be_locked_no_download_of_another_is_disturbed(cloud, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(filelock, "lock_descriptor", refuse)
     cloud.put("gs://bucket/x.pt", b"first")
     folder = Path(loading.local_path("gs://bucket/x.pt")).parent
     (folder / ".another.tmp").touch()

@@ -319,6 +319,13 @@ def test_a_lock_keeps_others_out_and_says_who_has_it(tmp_path):
     storage.lock(path).close()
 
 
+def test_who_has_a_lock_is_read_without_the_byte_that_windows_locks(tmp_path):
+    with storage.lock(str(tmp_path / "lock")):
+        (tmp_path / "lock").write_bytes(b"\xff" + (tmp_path / "lock").read_bytes()[1:])
+        with pytest.raises(BlockingIOError, match=f"^process {os.getpid()} on "):
+            storage.lock(str(tmp_path / "lock"))
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch, number):
     def refuse(*_):
@@ -329,10 +336,12 @@ def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch, nu
         storage.lock(str(tmp_path / "lock")).close()
 
 
-def test_where_python_has_no_locks_a_warning_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    with pytest.warns(UserWarning, match="nothing can be locked there"):
-        storage.lock(str(tmp_path / "lock")).close()
+def test_where_python_has_no_locks_a_warning_says_so(tmp_path):
+    command = [sys.executable, "-c", f"import sys; sys.modules['fcntl'] = None{TAKE}"]
+    run = subprocess.run(
+        [*command, str(tmp_path / "lock")], cwd=ROOT, input="", capture_output=True, text=True
+    )
+    assert run.stdout == "taken\n" and "lock: nothing can be locked there" in run.stderr
 
 
 def test_in_a_store_nothing_can_be_locked(cloud):
