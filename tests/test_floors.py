@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "guided_diffusion"
 FLOORS = (
     ("config", "networks", "gaussian_diffusion", "streams"),
-    ("machine", "respace", "repaint", "scheduler"),
+    ("machine", "downloads", "respace", "repaint", "scheduler"),
     ("images", "checkpoints", "denoiser"),
     ("masks", "speed", "evaluation", "output", "inpainter"),
     ("run", "latent"),

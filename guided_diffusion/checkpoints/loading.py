@@ -30,15 +30,6 @@ from guided_diffusion.config import UserError
 from guided_diffusion.machine import memory, storage
 from guided_diffusion.machine.ranks import read_world
 
-# What `download.sh` calls the published files.
-DOWNLOADS = {
-    "celeba256_250000.pt": "celeba",
-    "places256_300000.pt": "places",
-    "256x256_diffusion.pt": "imagenet",
-    "256x256_classifier.pt": "classifier",
-    "inpainting_big.ckpt": "ldm",
-}
-
 DEMO_MODEL = "portraits64.pt"
 
 PIECE = 2**26  # weights of a checkpoint placed at a time: more pieces, less memory, more time
@@ -224,10 +215,12 @@ def _missing_message(path: str) -> str:
 
 
 def _fetch_command(path: str) -> str:
+    from guided_diffusion.downloads.table import CHECKPOINTS  # which no run needs that goes well
+
     name = PurePath(path).name
-    if storage.is_remote(path) or name not in DOWNLOADS:
+    if storage.is_remote(path) or name not in CHECKPOINTS:
         return ""
-    return f"fetch it: bash download.sh {DOWNLOADS[name]}"
+    return f"fetch it: bash download.sh {CHECKPOINTS[name]}"
 
 
 def _damage_message(name: str, path: str, error: Exception, anew: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from guided_diffusion.config import UserError
+from guided_diffusion.downloads.table import TABLE
 from guided_diffusion.evaluation import distortion, lpips, lpips_files
 from guided_diffusion.evaluation.bootstrap import Estimate, estimate
 
@@ -354,11 +355,9 @@ def test_missing_weights_are_named_with_how_to_get_them(tmp_path):
     assert list(lpips_files.missing(str(tmp_path))) == ["vgg"]
 
 
-def test_download_sh_knows_the_files():
-    script = (ROOT / "download.sh").read_text("utf-8")
-    assert f"file={lpips_files.FOLDER}/$1" in script
-    for files in lpips_files.FILES.values():
-        assert all(f"    {file})\n" in script for file in files)
+def test_the_downloads_bring_the_files_to_their_place():
+    brought = {row.file for row in TABLE if row.name == "lpips"}
+    assert brought == {path for name in lpips_files.FILES for path in lpips_files.paths(name)}
 
 
 PUBLISHED = str(ROOT / lpips_files.FOLDER)

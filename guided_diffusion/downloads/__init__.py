@@ -1,0 +1,1 @@
+"""Fetch the published files to where the configs expect them."""
