@@ -41,6 +41,7 @@ from guided_diffusion.latent import LatentInpainter, latent_process
 from guided_diffusion.pictures import encode_png, picture_grid
 from guided_diffusion.respace import Process, respaced_process
 from guided_diffusion.scheduler import ddim_times, jump_times, plain_times, times_from
+from guided_diffusion.training.crops import training_images
 from guided_diffusion.training.data import TrainingImages
 from guided_diffusion.training.loop import Objective, Trainer
 from guided_diffusion.training.processes import Processes, check_batch_size
@@ -365,7 +366,7 @@ def build_trainer(config: TrainingConfig, world: World = ALONE) -> tuple[Trainer
     """
     check_batch_size(config.training.batch_size, world)
     device = pick_device(config.device, world)
-    images = TrainingImages(config.training.data_dir, config.network.image_size)
+    images = training_images(config.training, config.network.image_size)
     if config.network.class_cond:
         images.check_classes(NUM_CLASSES)
     processes = Processes(world, device)
