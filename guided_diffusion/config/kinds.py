@@ -170,6 +170,14 @@ Rates = Annotated[
     tuple[float, ...],
     _numbers(float, "numbers >= 0 and < 1, such as '0.99,0.9999'", lambda x: 0 <= x < 1),
 ]
+Scales = Annotated[
+    tuple[float, float],
+    _kind(
+        "two numbers from 1 to 1000, the smaller first, such as '1,4'",
+        lambda node: tuple(float(number) for number in _items(node)),
+        lambda scales: len(scales) == 2 and 1 <= scales[0] <= scales[1] <= 1000,
+    ),
+]
 Respacing = Annotated[
     str,
     matching(

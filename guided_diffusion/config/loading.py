@@ -10,6 +10,7 @@ from guided_diffusion.config.file import ConfigFile
 from guided_diffusion.config.problems import (
     autoencoder_problems,
     classifier_problems,
+    crop_problems,
     dataset_problems,
     ddim_problems,
     diffusion_problems,
@@ -97,6 +98,7 @@ def load_training_config(
         network_problems(config.network),
         diffusion_problems(config.diffusion, None),
         precision_problems(config.network),
+        crop_problems(config.training),
         folder_problems(file.values, outputs=["log_dir"], inputs=["data_dir"]),
     )
     return config

@@ -14,6 +14,7 @@ from guided_diffusion.config.schema import (
     LatentUNetConfig,
     NetworkConfig,
     ScheduleConfig,
+    TrainingParams,
 )
 
 Problems = Iterator[tuple[str, str]]  # a key of the vocabulary, and what it accepts
@@ -72,6 +73,11 @@ def _head_problems(key: str, divisor: int, widths: list[int]) -> Problems:
 def precision_problems(network: NetworkConfig) -> Problems:
     if network.use_fp16:
         yield "use_fp16", "false in training, where use_bf16 is the switch to half precision"
+
+
+def crop_problems(training: TrainingParams) -> Problems:
+    if training.scales and training.crop != "random":
+        yield "scales", "null without crop: random, since it has no effect then"
 
 
 def classifier_problems(classifier: ClassifierConfig | None, image_size: int) -> Problems:

@@ -29,6 +29,7 @@ from guided_diffusion.config.kinds import (
     Rates,
     Respacing,
     Samples,
+    Scales,
     Seed,
     Share,
     Shift,
@@ -265,6 +266,8 @@ class TrainingParams:
     """How a network is trained."""
 
     data_dir: FilePath  # folder of images
+    crop: Literal["center", "random"] = "center"  # of an image: all that fits, or a random square
+    scales: Scales | None = None  # of random crops: S*s pixels are reduced to S; None = s is 1
     log_dir: FilePath  # checkpoints and grids of samples
     batch_size: Count
     microbatch: CountOrDefault = -1  # images at a time; -1 = the whole batch

@@ -31,6 +31,7 @@ _SOURCES = {
     "data/datasets/gts/portraits": "start it in the repository's folder",
     "data/datasets/": "bash download.sh data fetches the original's example pictures",
     "data/portraits": "python data/make_portraits.py data/portraits draws them",
+    "data/photos": "data/prepare_photos.py lays them out",
 }
 
 

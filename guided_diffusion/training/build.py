@@ -15,6 +15,7 @@ from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import ALONE, World
 from guided_diffusion.networks.unet import NUM_CLASSES, UNet
 from guided_diffusion.scheduler import plain_times
+from guided_diffusion.training.crops import training_images
 from guided_diffusion.training.data import TrainingImages
 from guided_diffusion.training.loop import Objective, Trainer
 from guided_diffusion.training.ranks import Processes, check_batch_size
@@ -29,7 +30,7 @@ def build_trainer(config: TrainingConfig, world: World = ALONE) -> tuple[Trainer
     """
     check_batch_size(config.training.batch_size, world)
     device = pick_device(config.device, world)
-    images = TrainingImages(config.training.data_dir, config.network.image_size)
+    images = training_images(config.training, config.network.image_size)
     if config.network.class_cond:
         images.check_classes(NUM_CLASSES)
     processes = Processes(world, device)

@@ -36,6 +36,10 @@ class TrainingImages:
         """(3, S, S) in [-1, 1], and the class. Raises UserError that names a bad file."""
         return image_to_tensor(load_prepared(self.paths[i], self.image_size)), self.classes[i]
 
+    def batches(self, batch_size: int, seed: int, first_step: int) -> Iterator[list[int]]:
+        """Which ones each training step takes, from `first_step` on."""
+        return iter(StepBatches(len(self), batch_size, seed, first_step))
+
     def check_classes(self, num_classes: int) -> None:
         """Raises UserError if there are more classes than the network knows."""
         if len(self.class_folders) > num_classes:
@@ -80,10 +84,10 @@ def endless_batches(
     batch_size: of all ranks together. Raises UserError that names a bad file. By threads, since an
     error in a process of its own would come back as that process's traceback.
     """
-    order = iter(StepBatches(len(images), batch_size, seed, first_step))
+    order = images.batches(batch_size, seed, first_step)
     share = share_of(world, batch_size)
 
-    def read(batch: list[int]) -> list[tuple[torch.Tensor, int]]:
+    def read(batch: list) -> list[tuple[torch.Tensor, int]]:
         return [images[i] for i in batch[share]]
 
     with ThreadPoolExecutor(READERS) as readers:

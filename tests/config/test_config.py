@@ -1111,6 +1111,8 @@ def test_training_file(write):
         diffusion=DiffusionConfig(),
         training=TrainingParams(
             data_dir="photos",
+            crop="center",
+            scales=None,
             log_dir="log/mine",
             batch_size=8,
             microbatch=-1,
@@ -1134,6 +1136,9 @@ def test_training_file(write):
         seed=0,
     )
     assert load_training_config("small.yml", ["ema_rate=0.9"]).training.ema_rate == (0.9,)
+    for scales in ("[1, 4]", "1,4", "'1,4.0'"):
+        config = load_training_config("small.yml", ["crop=random", f"scales={scales}"])
+        assert (config.training.crop, config.training.scales) == ("random", (1, 4))
 
 
 @pytest.mark.parametrize(
@@ -1145,6 +1150,14 @@ def test_training_file(write):
         ("batch_size", DELETED, "batch_size: missing"),
         ("total_steps", DELETED, "total_steps: missing"),
         ("ema_rate", "0.9,1", "ema_rate: found 0.9,1; accepted: numbers >= 0 and < 1"),
+        ("crop", "centre", "crop: found centre; accepted: center or random"),
+        ("scales", "1,4", "scales: found 1,4; accepted: null without crop: random"),
+        ("scales", "4,1", "scales: found 4,1; accepted: null or two numbers from 1 to 1000"),
+        ("scales", "0.5,1", "scales: found 0.5,1; accepted: null or two numbers from 1 to 1000"),
+        ("scales", "1,1001", "the smaller first, such as '1,4'"),
+        ("scales", 2, "scales: found 2; accepted: null or two numbers"),
+        ("scales", "1,2,4", "scales: found 1,2,4; accepted: null or two numbers"),
+        ("scales", [1, "x"], "scales: found a list; accepted: null or two numbers"),
         ("schedule_sampler", "loss", "accepted: uniform or loss-second-moment"),
         ("seed", None, "seed: found null; accepted: a whole number >= 0"),
         ("num_channels", 40, "num_channels: found 40; accepted: what makes [40, 80]"),
@@ -1237,7 +1250,7 @@ def test_what_pixels_leave_out_at_its_default_is_as_it_was():
     trees = {
         path.stem: to_yaml_dict(load_config(str(path)), defaults=False)
         for path in CONFS.glob("*.yml")
-        if path.stem not in ("train_portraits", "ldm_inpainting")
+        if path.stem not in ("train_portraits", "train_photos", "ldm_inpainting")
     }
     assert trees["demo"].keys() == {
         *("name", "model_path", "seed", "num_channels", "num_res_blocks", "num_head_channels"),

@@ -1,5 +1,7 @@
 """Training: order of the data, averages, steps, checkpoints, and exact resume."""
 
+import errno
+import io
 import random
 import shutil
 import signal
@@ -20,7 +22,10 @@ import train as script
 from guided_diffusion import load_inpainter
 from guided_diffusion.checkpoints.loading import load_state_dict
 from guided_diffusion.config import UserError, load_training_config
+from guided_diffusion.machine.ranks import World
+from guided_diffusion.training import crops as crops_module
 from guided_diffusion.training.build import build_trainer, sample_writer
+from guided_diffusion.training.crops import Crop, RandomCrops, reduced
 from guided_diffusion.training.data import StepBatches, TrainingImages, endless_batches
 from guided_diffusion.training.ema import EMA
 from guided_diffusion.training.loop import Trainer, learning_rate, train
@@ -119,6 +124,140 @@ def test_classes_are_folders(tmp_path):
     images.check_classes(3)
     with pytest.raises(UserError, match="3 folders"):
         images.check_classes(2)
+
+
+# ---- Random crops ----
+
+
+def write_photo(path: Path, pixels: np.ndarray) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def noise(seed: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def as_pixels(tensor: torch.Tensor) -> np.ndarray:
+    return ((tensor.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    """Red tells the column, green the row, both in units of a pixel."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8)
+
+
+def test_a_crop_of_a_gradient_tells_place_and_scale(tmp_path):
+    write_photo(tmp_path / "gradient.png", gradient(180, 250))
+    crops = RandomCrops(str(tmp_path), 16, (1.0, 4.0))
+    for crop in (crops.draw(seed=3, number=number) for number in range(50)):
+        pixels = as_pixels(crops[crop][0]).astype(float)
+        for values, start in ((pixels[..., 0], crop.left), (pixels[..., 1].T, crop.top)):
+            step = crop.side / 16
+            truth = start + (np.arange(16) + 0.5) * step - 0.5
+            # A filter bends a gradient at the photo's own edges.
+            assert np.abs(values - truth)[:, 2:-2].max() <= 0.51
+        assert 0 <= crop.left <= 250 - crop.side
+        assert 0 <= crop.top <= 180 - crop.side
+
+
+def test_scales_are_log_uniform_and_places_uniform(tmp_path):
+    write_photo(tmp_path / "photo.png", noise(0, 100, 80))
+    crops = RandomCrops(str(tmp_path), 16, (1.0, 4.0))
+    drawn = [crops.draw(0, number) for number in range(4000)]
+    sides = np.array([crop.side for crop in drawn])
+    assert (sides.min(), sides.max()) == (16, 64)
+    assert np.mean(sides <= 32) == pytest.approx(0.5, abs=0.04)  # half of the octaves
+    tops = np.array([crop.top / (100 - crop.side) for crop in drawn])
+    lefts = np.array([crop.left / (80 - crop.side) for crop in drawn])
+    for places in (tops, lefts):
+        assert np.histogram(places, 4, (0, 1))[0] == pytest.approx([1000] * 4, rel=0.15)
+
+
+def test_without_reduction_crops_are_the_photos_own_pixels(tmp_path):
+    photo = write_photo(tmp_path / "photo.png", noise(0, 20, 18))
+    crops = RandomCrops(str(tmp_path), 16, (1.0, 1.0))
+    found = set()
+    for crop in (crops.draw(0, number) for number in range(200)):
+        part = photo[crop.top : crop.top + 16, crop.left : crop.left + 16]
+        assert np.array_equal(as_pixels(crops[crop][0]), part)
+        found.add((crop.top, crop.left))
+    assert found == {(top, left) for top in range(5) for left in range(3)}
+
+
+@pytest.mark.parametrize("top", [0, 10, 32])
+@pytest.mark.parametrize("left", [0, 6, 32])
+def test_a_reduced_crop_is_a_part_of_the_reduced_photo(top, left):
+    photo = noise(1, 64, 64)
+    whole = np.asarray(Image.fromarray(photo).resize((32, 32), Image.Resampling.LANCZOS))
+    part = reduced(photo, Crop(0, top, left, 32), 16)
+    assert np.array_equal(part, whole[top // 2 : top // 2 + 16, left // 2 : left // 2 + 16])
+
+
+def test_photos_count_by_their_area(tmp_path):
+    sides = [(16, 16), (64, 32), (32, 40), (16, 160)]
+    for i, (height, width) in enumerate(sides):
+        write_photo(tmp_path / f"{i}.png", noise(i, height, width))
+    crops = RandomCrops(str(tmp_path), 16, (1.0, 1.0))
+    drawn = np.bincount([crops.draw(0, number).photo for number in range(8000)], minlength=4)
+    areas = np.array([height * width for height, width in sides])
+    assert drawn / 8000 == pytest.approx(areas / areas.sum(), abs=0.02)
+
+
+def test_small_photos_take_the_scales_that_fit(tmp_path):
+    write_photo(tmp_path / "small.png", noise(0, 24, 200))
+    write_photo(tmp_path / "smallest.png", noise(1, 300, 17))
+    with pytest.warns(UserWarning, match="1 of 2"):
+        crops = RandomCrops(str(tmp_path), 16, (1.1, 4.0))  # 18 pixels or more
+    assert len(crops) == 1
+    sides = [crops.draw(0, number).side for number in range(500)]
+    assert (min(sides), max(sides)) == (18, 24)
+
+
+def test_photos_too_small_are_counted_in_one_warning(tmp_path):
+    for i, side in enumerate([40, 31, 64, 8]):
+        write_photo(tmp_path / f"{i}.png", noise(i, 64, side))
+    with pytest.warns(UserWarning, match="2 of 4 image.s. left out.* 32 pixels") as warnings:
+        crops = RandomCrops(str(tmp_path), 16, (2.0, 4.0))
+    assert len(warnings) == 1
+    assert str(warnings[0].message).endswith(f"{tmp_path / '1.png'}")
+    assert {crops.draw(0, number).photo for number in range(100)} == {0, 1}
+    drawn = as_pixels(crops[Crop(1, 0, 0, 16)][0])  # the second photo that is left
+    assert np.array_equal(drawn, noise(2, 64, 64)[:16, :16])
+
+
+def test_crops_are_a_function_of_seed_and_step(tmp_path):
+    write_photo(tmp_path / "photo.png", noise(0, 64, 64))
+    crops = RandomCrops(str(tmp_path), 16, (1.0, 4.0))
+    batches = list(islice(crops.batches(4, seed=3, first_step=0), 12))
+    assert list(islice(crops.batches(4, seed=3, first_step=5), 7)) == batches[5:]
+    assert len({crop for batch in batches for crop in batch}) > 40
+    assert next(crops.batches(4, seed=4, first_step=0)) != batches[0]
+
+
+def test_ranks_share_the_crops(tmp_path):
+    write_photo(tmp_path / "photo.png", noise(0, 64, 64))
+    crops = RandomCrops(str(tmp_path), 16, (1.0, 4.0))
+    whole = list(islice(endless_batches(crops, 5, 1, 2), 3))
+    worlds = (World(rank, 2) for rank in range(2))
+    ranks = [list(islice(endless_batches(crops, 5, 1, 2, world), 3)) for world in worlds]
+    for step, (pictures, _) in enumerate(whole):
+        assert torch.equal(torch.cat([batches[step][0] for batches in ranks]), pictures)
+
+
+def test_crops_have_the_classes_of_their_photos(tmp_path):
+    colours = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
+    for folder, colour in colours.items():
+        side = 8 if folder == "ant" else 24  # its folder is a class all the same
+        write_photo(tmp_path / folder / "0.png", np.full((side, side, 3), colour, np.uint8))
+    with pytest.warns(UserWarning, match="1 of 3"):
+        crops = RandomCrops(str(tmp_path), 16, (1.0, 1.0))
+    for number in range(20):
+        picture, class_ = crops[crops.draw(0, number)]
+        assert picture[:, 0, 0].argmax() == class_
+    assert len(crops.class_folders) == 3
 
 
 # ---- Averages ----
@@ -283,6 +422,18 @@ def test_resumed_run_equals_an_uninterrupted_one(data_dir, changes):
         assert whole.timesteps.probabilities().unique().numel() > 1  # past the uniform start
 
 
+RANDOM_CROPS = {"crop": "random", "scales": "1,2"}
+
+
+def test_resumed_run_on_crops_equals_an_uninterrupted_one(tmp_path):
+    write_photo(tmp_path / "images" / "photo.png", noise(0, 40, 60))
+    data_dir = tmp_path / "images"
+    whole = run(data_dir, "whole", total_steps=8, **RANDOM_CROPS)
+    for total_steps in (3, 8):
+        run(data_dir, "parts", total_steps=total_steps, **RANDOM_CROPS)
+    assert_same_checkpoint(tmp_path / "whole", tmp_path / "parts", whole.checkpoint_files(8))
+
+
 def test_incomplete_checkpoints_are_ignored(data_dir):
     whole = run(data_dir, "whole", total_steps=6)
     run(data_dir, "log", total_steps=4)
@@ -420,6 +571,27 @@ def test_empty_data_dir(data_dir, tmp_path, failing_script):
 def test_unreadable_image_is_named(data_dir, failing_script):
     (data_dir / "3.png").write_bytes(b"no picture")
     error = failing_script(write_config(data_dir, batch_size=6))
+    assert f"cannot read image {data_dir / '3.png'}" in error
+
+
+def test_no_photo_is_large_enough(data_dir, failing_script):
+    error = failing_script(write_config(data_dir, crop="random", scales="2,4"))
+    assert f"no image in {data_dir} has sides of 32 pixels or more" in error
+
+
+def test_no_room_for_decoded_photos(data_dir, failing_script, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(crops_module.tempfile, "TemporaryFile", Full)
+    error = failing_script(write_config(data_dir, crop="random"))
+    assert "No space left on device; set the environment variable TMPDIR" in error
+
+
+def test_unreadable_photo_is_named(data_dir, failing_script):
+    (data_dir / "3.png").write_bytes(b"no picture")
+    error = failing_script(write_config(data_dir, crop="random"))
     assert f"cannot read image {data_dir / '3.png'}" in error
 
 
