@@ -29,7 +29,7 @@ _NO_SETTINGS = (
 _DATASET_SETTINGS = ("fit", "mask_convention")  # those of `data` that change pixels
 
 
-class Identity:
+class Recipe:
     """What all results of a run follow from, besides each one's `Origin`."""
 
     def __init__(self, config: Config, device: torch.device, speed: Speed):

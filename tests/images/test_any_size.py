@@ -521,7 +521,7 @@ def test_a_setting_of_latent_diffusion_does_all_again(tmp_path, change):
 
 def test_another_method_does_all_again(tmp_path):
     case, pixels = TwoSizes(tmp_path), Case(tmp_path)
-    latent, others = (each.identity.settings for each in (case, pixels))
+    latent, others = (each.recipe.settings for each in (case, pixels))
     assert latent["method"] == "latent" and "method" not in others
     assert not any(key.split(".")[0] in ("latent", "ddim_steps") for key in others)
 
@@ -532,7 +532,7 @@ def test_every_key_of_latent_diffusion_is_known_to_change_pixels_or_not(tmp_path
     monkeypatch.setattr(
         "guided_diffusion.run.plan.to_yaml_dict", lambda config, defaults: to_yaml_dict(config)
     )
-    counted = {key.split(".")[0] for key in case.identity.settings}
+    counted = {key.split(".")[0] for key in case.recipe.settings}
     assert {"method", "image_size", "ddim_steps", "ddim_eta", "latent"} <= counted
     assert keys - counted == {
         *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),

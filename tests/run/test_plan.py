@@ -362,7 +362,7 @@ def test_every_key_of_a_config_is_known_to_change_pixels_or_not(case):
     """A key that is new to the vocabulary belongs to one of them."""
     keys = set(to_yaml_dict(case.config())) | {"classifier_path"}
     with patch.object(planning, "to_yaml_dict", lambda config, defaults: to_yaml_dict(config)):
-        counted = {key.split(".")[0] for key in case.identity.settings}
+        counted = {key.split(".")[0] for key in case.recipe.settings}
     assert keys - counted == {
         *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),
         *("log_every", "fast", "use_fp16"),  # use_fp16: as the precision it comes to
@@ -381,12 +381,12 @@ def test_every_key_of_a_dataset_is_known_to_change_pixels_or_not(case):
 
 def test_a_key_at_its_default_is_as_good_as_none(case):
     """Else a version of the program that knows one more key would make everything again."""
-    without = case.identity.digest
+    without = case.recipe.digest
     case.keys |= {"clip_denoised": True, "cond_y": None, "noise_schedule": "linear"}
     case.keys |= {"use_ddim": False, "ddim_eta": 0}
-    assert case.identity.digest == without
+    assert case.recipe.digest == without
     case.keys["clip_denoised"] = False
-    assert case.identity.digest != without
+    assert case.recipe.digest != without
 
 
 def test_a_checkpoint_that_is_gone_is_a_user_error(case):
@@ -420,7 +420,7 @@ def test_the_seed_of_the_run_before_is_taken_unless_there_is_one(case):
 def test_a_plan_holds_the_lock_that_a_dry_run_does_not_need(case):
     case.finish()
     records = case.records
-    make_plan(case.config(), TIMES, case.identity, records)
+    make_plan(case.config(), TIMES, case.recipe, records)
     with pytest.raises(UserError, match="another run is writing these results"):
         case.plan()
     assert case.plan(dry_run=True).done == set(NAMES)
@@ -477,13 +477,13 @@ def test_a_plan_is_the_same_at_the_other_process(case, seed):
 def in_two_processes(case: Case, overwrite: bool = False) -> list[Plan | UserError]:
     """What `share_plan` gives, or raises, in the processes of ranks 0 and 1."""
     store, found = HashStore(), [None, None]
-    config, identity = case.config(), case.identity
+    config, recipe = case.config(), case.recipe
 
     def share(rank: int) -> None:
         team = Team(World(rank, 2, rank, 2), store)
         records = Records(str(case.results), rank)
         try:
-            found[rank] = share_plan(team, config, TIMES, identity, records, overwrite)
+            found[rank] = share_plan(team, config, TIMES, recipe, records, overwrite)
         except UserError as error:
             found[rank] = error
 
