@@ -10,7 +10,6 @@ import torch
 
 from guided_diffusion.checkpoints.loading import LATENT_AUTOENCODER, LATENT_UNET, check_weights
 from guided_diffusion.config import (
-    CHANNEL_MULT_BY_IMAGE_SIZE,
     AutoencoderConfig,
     ClassifierConfig,
     Config,
@@ -26,14 +25,14 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
 from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
 from guided_diffusion.latent import LatentInpainter, latent_process
 from guided_diffusion.machine.ranks import ALONE, World
-from guided_diffusion.networks.autoencoder import Autoencoder, AutoencoderParams
-from guided_diffusion.networks.unet import (
+from guided_diffusion.networks.autoencoder import Autoencoder
+from guided_diffusion.networks.params import (
     NUM_CLASSES,
-    Classifier,
+    AutoencoderParams,
     ClassifierParams,
-    UNet,
     UNetParams,
 )
+from guided_diffusion.networks.unet import Classifier, UNet
 from guided_diffusion.respace import Process, respaced_process
 from guided_diffusion.scheduler import ddim_times, jump_times, plain_times, times_from
 from guided_diffusion.speed import choice
@@ -75,8 +74,8 @@ def build_inpainter(
         config.network.image_size,
         num_classes=NUM_CLASSES,
         cond_y=config.cond_y,
-        inject_known=config.inpa_inj_sched_prev,
-        time_shift=config.inpa_inj_time_shift,
+        inject_known=config.merge_known,
+        time_shift=config.time_shift,
         paste_known=config.paste_known,
         start_from=_kind_of_start(config.start_from),
     )
@@ -244,7 +243,7 @@ def _check_ddim_eta(config: Config, diffusion: GaussianDiffusion) -> None:
 
 
 def _check_time_shift(config: Config, times: list[int], steps: int) -> None:
-    shift = config.inpa_inj_time_shift
+    shift = config.time_shift
     used = [t + shift for t, u in pairwise(times) if u > t]
     if used and not (min(used) >= 0 and max(used) < steps):
         raise UserError(
@@ -280,71 +279,24 @@ def _build_classifier(config: Config, device: torch.device) -> Network:
 
 def network_params(config: Config) -> UNetParams:
     """The shape of the denoiser of a config, pixel or latent."""
-    return latent_unet_params(config.latent) if config.latent else unet_params(config.network)
+    return config.latent.unet_params if config.latent else config.network.params
 
 
 def unet_params(network: NetworkConfig) -> UNetParams:
     """The shape of a denoiser of pixels."""
-    return UNetParams(
-        image_size=network.image_size,
-        model_channels=network.num_channels,
-        channel_mult=network.channel_mult,
-        num_res_blocks=network.num_res_blocks,
-        attention_resolutions=network.attention_resolutions,
-        out_channels=6 if network.learn_sigma else 3,
-        num_heads=network.num_heads,
-        num_heads_upsample=network.num_heads_upsample,
-        num_head_channels=network.num_head_channels,
-        num_classes=NUM_CLASSES if network.class_cond else None,
-        dropout=network.dropout,
-        use_scale_shift_norm=network.use_scale_shift_norm,
-        resblock_updown=network.resblock_updown,
-        use_new_attention_order=network.use_new_attention_order,
-        use_checkpoint=network.use_checkpoint,
-    )
+    return network.params
 
 
 def latent_unet_params(latent: LatentConfig) -> UNetParams:
     """The shape of a denoiser of latents."""
-    unet, side = latent.unet, latent.nominal_size // latent.factor
-    return UNetParams(
-        image_size=side,
-        model_channels=unet.model_channels,
-        channel_mult=unet.channel_mult,
-        num_res_blocks=unet.num_res_blocks,
-        attention_resolutions=tuple(side // rate for rate in unet.attention_resolutions),
-        out_channels=unet.out_channels,
-        in_channels=unet.in_channels,
-        num_heads=unet.num_heads,
-        use_scale_shift_norm=False,
-        resblock_updown=unet.resblock_updown,
-    )
+    return latent.unet_params
 
 
 def autoencoder_params(autoencoder: AutoencoderConfig) -> AutoencoderParams:
     """The shape of the autoencoder that a config describes."""
-    return AutoencoderParams(
-        ch=autoencoder.ch,
-        ch_mult=autoencoder.ch_mult,
-        num_res_blocks=autoencoder.num_res_blocks,
-        z_channels=autoencoder.z_channels,
-        embed_dim=autoencoder.embed_dim,
-        n_embed=autoencoder.n_embed,
-        in_channels=autoencoder.in_channels,
-        out_ch=autoencoder.out_ch,
-    )
+    return autoencoder.params
 
 
 def classifier_params(classifier: ClassifierConfig, image_size: int) -> ClassifierParams:
     """The shape of the classifier that a config describes."""
-    encoder = UNetParams(
-        image_size=image_size,
-        model_channels=classifier.width,
-        channel_mult=CHANNEL_MULT_BY_IMAGE_SIZE[image_size],
-        num_res_blocks=classifier.depth,
-        attention_resolutions=classifier.attention_resolutions,
-        num_head_channels=64,
-        use_scale_shift_norm=classifier.use_scale_shift_norm,
-        resblock_updown=classifier.resblock_updown,
-    )
-    return ClassifierParams(encoder, classifier.pool)
+    return classifier.params(image_size)

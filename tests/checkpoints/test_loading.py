@@ -266,7 +266,7 @@ def test_an_empty_file(tmp_path):
 def test_text_or_a_web_page(tmp_path, content):
     (tmp_path / "page.pt").write_text(content)
     message = refusal(denoiser(), tmp_path / "page.pt")
-    assert "this is no loading, but a file of another kind, such as text or a web page" in message
+    assert "this is no checkpoint, but a file of another kind, such as text or a web page" in message
 
 
 def test_a_folder(tmp_path):
@@ -508,7 +508,8 @@ DENOISER_CHANGES = [
 
 @pytest.mark.parametrize(("key", "value", "theirs", "ours"), DENOISER_CHANGES)
 def test_the_key_that_differs_is_named_and_no_other(tmp_path, key, value, theirs, ours):
-    other = shapes_of(denoiser(replace(TINY, **{key: value})))
+    field = "model_channels" if key == "num_channels" else key
+    other = shapes_of(denoiser(replace(TINY, **{field: value})))
     message = refusal(denoiser(), save_shapes(tmp_path / "other.pt", other))
     assert (
         f"does not fit the config: {key}: {theirs} in the file, {ours} in the config (" in message
@@ -544,7 +545,7 @@ def test_a_classifier_of_another_image_size(tmp_path):
 
 
 def test_several_keys_that_differ_are_all_named(tmp_path):
-    other = replace(TINY, num_channels=64, num_res_blocks=2, learn_sigma=False)
+    other = replace(TINY, model_channels=64, num_res_blocks=2, learn_sigma=False)
     message = refusal(denoiser(), save_shapes(tmp_path / "other.pt", shapes_of(denoiser(other))))
     for key in ("num_channels: 64", "num_res_blocks: 2", "learn_sigma: false"):
         assert f"{key} in the file" in message
@@ -928,7 +929,7 @@ def test_a_latent_checkpoint_for_a_pixel_one(tmp_path, average):
 # What a latent file may be that is none, and what is said then.
 NO_LATENT_FILES = {
     "empty": (b"", "the file is empty"),
-    "text": (b"<!DOCTYPE html>", "this is no loading, but a file of another kind"),
+    "text": (b"<!DOCTYPE html>", "this is no checkpoint, but a file of another kind"),
     "pickle": (pickle.dumps({}), "this is a file of torch before 1.6;"),
 }
 

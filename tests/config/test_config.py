@@ -180,7 +180,7 @@ def test_users_file(write):
         model_path="data/pretrained/mine.pt",
         network=NetworkConfig(
             image_size=64,
-            num_channels=64,
+            model_channels=64,
             num_head_channels=32,
             attention_resolutions=(16,),
             channel_mult=(1, 2, 3, 4),
@@ -228,7 +228,7 @@ def test_defaults(write):
         "latent": None,
         "network": {
             "image_size": 64,
-            "num_channels": 128,
+            "model_channels": 128,
             "num_res_blocks": 2,
             "num_heads": 4,
             "num_heads_upsample": -1,
@@ -258,8 +258,8 @@ def test_defaults(write):
         "ddim_eta": 0.0,
         "schedule": None,
         "start_from": None,
-        "inpa_inj_sched_prev": True,
-        "inpa_inj_time_shift": 1,
+        "merge_known": True,
+        "time_shift": 1,
         "classifier": None,
         "cond_y": None,
         "show_progress": True,
@@ -387,7 +387,7 @@ def test_timestep_respacing(write, line, respacing):
         ("device=cuda:1", "device", "cuda:1"),
         ("show_progress=no", "show_progress", False),
         ("paste_known=True", "paste_known", True),
-        ("inpa_inj_time_shift=0", "inpa_inj_time_shift", 0),
+        ("inpa_inj_time_shift=0", "time_shift", 0),
         ("schedule_jump_params=null", "schedule", None),
     ],
 )
@@ -1107,7 +1107,7 @@ def test_training_file(write):
     assert config == TrainingConfig(
         source="",
         name="small",
-        network=NetworkConfig(image_size=32, num_channels=32, channel_mult=(1.0, 2.0)),
+        network=NetworkConfig(image_size=32, model_channels=32, channel_mult=(1.0, 2.0)),
         diffusion=DiffusionConfig(),
         training=TrainingParams(
             data_dir="photos",
@@ -1344,7 +1344,7 @@ def test_published_configs(name, family, gts, masks, batch_size, max_len):
     assert config.model_path == MODELS[family]
     assert config.network == NetworkConfig(
         image_size=256,
-        num_channels=256,
+        model_channels=256,
         num_res_blocks=2,
         num_heads=4,
         num_head_channels=64,
@@ -1375,7 +1375,7 @@ def test_published_configs(name, family, gts, masks, batch_size, max_len):
     )
     assert (config.cond_y, config.device, config.seed) == (None, None, None)
     assert config.clip_denoised
-    assert config.inpa_inj_sched_prev
+    assert config.merge_known
     assert not config.paste_known
 
 

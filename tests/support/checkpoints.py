@@ -14,7 +14,7 @@ TINY_FILE = ROOT / "tests" / "golden" / "tiny32.pt"
 
 TINY = NetworkConfig(  # what TINY_FILE holds
     image_size=32,
-    num_channels=32,
+    model_channels=32,
     channel_mult=(1, 2),
     num_res_blocks=1,
     num_head_channels=16,
