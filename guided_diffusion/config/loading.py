@@ -115,20 +115,15 @@ def _network(file: ConfigFile) -> schema.NetworkConfig:
     return network
 
 
-def to_yaml_dict(
-    config: schema.Config | schema.TrainingConfig, defaults: bool = True
-) -> dict[str, Any]:
-    """The effective config as YAML files write it; written out and loaded, it is equal again.
-
-    defaults: False leaves out what is at its default.
-    """
+def to_yaml_dict(config: schema.Config | schema.TrainingConfig) -> dict[str, Any]:
+    """The effective config as YAML files write it; written out and loaded, it is equal again."""
     tree: dict[str, Any] = {}
-    for key, value, _ in _settings(config, defaults):
+    for key, value, _ in _settings(config):
         *sections, last = key.split(".")
         node = tree
         for section in sections:
             node = node.setdefault(config.dataset.name if section == "*" else section, {})
-        node[last] = value
+        node[last] = _as_yaml(value)
     return tree
 
 
@@ -138,23 +133,22 @@ def pixel_settings(config: schema.Config) -> dict[str, Any]:
     By dotted key; those of the dataset by the last word alone.
     """
     return {
-        key.removeprefix("data.eval.*."): value
-        for key, value, field in _settings(config, defaults=False)
-        if field.metadata["pixels"]
+        key.removeprefix("data.eval.*."): _as_yaml(value)
+        for key, value, field in _settings(config)
+        if field.metadata["pixels"] and value != field.default
     }
 
 
 def _settings(
-    config: schema.Config | schema.TrainingConfig, defaults: bool
+    config: schema.Config | schema.TrainingConfig,
 ) -> Iterator[tuple[str, Any, Field]]:
-    """The key, the value as YAML has it, and the field of each setting."""
+    """The key, the value and the field of each setting."""
     vocabulary = METHODS[config.method] if isinstance(config, schema.Config) else TRAINING
     for part in _parts(config):
         for field in fields(part):
-            key, value = key_of(type(part), field.name), getattr(part, field.name)
-            is_known = field.name in kinds_of(type(part)) and key in vocabulary.known
-            if is_known and (defaults or value != field.default):
-                yield key, _as_yaml(value), field
+            key = key_of(type(part), field.name)
+            if field.name in kinds_of(type(part)) and key in vocabulary.known:
+                yield key, getattr(part, field.name), field
 
 
 def _parts(config: Any) -> Iterator[Any]:

@@ -256,7 +256,8 @@ def test_an_empty_file(tmp_path):
 def test_text_or_a_web_page(tmp_path, content):
     (tmp_path / "page.pt").write_text(content)
     message = refusal(denoiser(), tmp_path / "page.pt")
-    assert "this is no checkpoint, but a file of another kind, such as text or a web page" in message
+    problem = "this is no checkpoint, but a file of another kind, such as text or a web page"
+    assert problem in message
 
 
 def test_a_folder(tmp_path):
