@@ -56,7 +56,7 @@ def run(config: Config, world: World, arguments: argparse.Namespace) -> None:
     from guided_diffusion.images import preview
     from guided_diffusion.run import runner
     from guided_diffusion.run.plan import make_plan, share_plan
-    from guided_diffusion.run.recipe import Identity
+    from guided_diffusion.run.recipe import Recipe
     from guided_diffusion.run.records import Records
 
     if arguments.preview is not None:
@@ -66,16 +66,16 @@ def run(config: Config, world: World, arguments: argparse.Namespace) -> None:
     speed = factory.choose_speed(config, device)
     team = join(world)
     times = team.share("times", partial(factory.build_times, config))
-    identity = Identity(config, device, speed)
+    recipe = Recipe(config, device, speed)
     records = Records(config.dataset.inpainted_dir, world.rank)
     if arguments.dry_run:
-        plan = make_plan(config, times, identity, records, overwrite=overwrite, dry_run=True)
+        plan = make_plan(config, times, recipe, records, overwrite=overwrite, dry_run=True)
         factory.check_checkpoints(config)
         in_order = "everything is in order; nothing was sampled or written (--dry-run)"
         return world.say(f"{plan.describe(device, speed)}\n{in_order}")
-    plan = share_plan(team, config, times, identity, records, overwrite)
+    plan = share_plan(team, config, times, recipe, records, overwrite)
     load_inpainter = partial(factory.build_inpainter, times=times, device=device, speed=speed)
-    runner.run(plan, load_inpainter, identity, records, team)
+    runner.run(plan, load_inpainter, recipe, records, team)
 
 
 if __name__ == "__main__":

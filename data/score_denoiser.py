@@ -17,8 +17,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from guided_diffusion.checkpoints.loading import Blank, check_weights  # noqa: E402
 from guided_diffusion.config import TrainingConfig, UserError, load_training_config  # noqa: E402
-from guided_diffusion.factory import build_process, unet_params  # noqa: E402
+from guided_diffusion.factory import pixel_process  # noqa: E402
 from guided_diffusion.networks.unet import UNet  # noqa: E402
 from guided_diffusion.respace import Process  # noqa: E402
 from guided_diffusion.speed.choice import Speed  # noqa: E402
@@ -56,7 +57,7 @@ def draw_squares(config: TrainingConfig, folder: str, number: int) -> torch.Tens
 
 
 def print_table(config: TrainingConfig, squares: torch.Tensor, checkpoints: Sequence[str]) -> None:
-    process = build_process(config)
+    process = pixel_process(config.diffusion, config.source)
     steps = process.diffusion.num_timesteps
     times = [int(share * steps) for share in SHARES]
     print("| checkpoint | " + " | ".join(f"t = {t}" for t in times) + " | mean |")
@@ -73,8 +74,9 @@ def score(
 ) -> list[float]:
     """The mean squared error of the noise that a checkpoint predicts, at each of the times."""
     with torch.device("meta"):
-        network = UNet(unet_params(config.network))
-    network = load_network(network, path, Speed(), torch.device("cpu"))
+        blank = Blank(UNet(config.network.params), path)
+    (checkpoint,) = check_weights(blank)
+    network = load_network(checkpoint, Speed(), torch.device("cpu"))
     noise = torch.randn(squares.shape, generator=torch.Generator().manual_seed(0))
     errors = []
     for time in times:

@@ -2,43 +2,35 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
-from guided_diffusion.checkpoints.loading import LATENT_AUTOENCODER, LATENT_UNET, check_weights
-from guided_diffusion.config import (
-    CHANNEL_MULT_BY_IMAGE_SIZE,
-    AutoencoderConfig,
-    ClassifierConfig,
-    Config,
-    LatentConfig,
-    NetworkConfig,
-    StartConfig,
-    TrainingConfig,
-    UserError,
-    load_config,
+from guided_diffusion.checkpoints.loading import (
+    LATENT_AUTOENCODER,
+    LATENT_UNET,
+    Blank,
+    Checkpoint,
+    check_weights,
 )
+from guided_diffusion.config import Config, DiffusionConfig, StartConfig, UserError, load_config
 from guided_diffusion.denoiser import Denoiser, Network, ddim, guided, guided_x0, network_denoiser
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
 from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
 from guided_diffusion.latent import LatentInpainter, latent_process
 from guided_diffusion.machine.ranks import ALONE, World
-from guided_diffusion.networks.autoencoder import Autoencoder, AutoencoderParams
-from guided_diffusion.networks.unet import (
-    NUM_CLASSES,
-    Classifier,
-    ClassifierParams,
-    UNet,
-    UNetParams,
-)
+from guided_diffusion.networks.autoencoder import Autoencoder
+from guided_diffusion.networks.params import NUM_CLASSES
+from guided_diffusion.networks.unet import Classifier, UNet
 from guided_diffusion.respace import Process, respaced_process
-from guided_diffusion.scheduler import ddim_times, jump_times, plain_times, times_from
+from guided_diffusion.scheduler import ddim_times, times_of
 from guided_diffusion.speed import choice
 from guided_diffusion.speed.choice import Speed
 from guided_diffusion.speed.loading import load_autoencoder, load_network
+
+Networks = dict[str, Network | Autoencoder]  # "denoiser", and perhaps others, ready for use
 
 
 def load_inpainter(
@@ -64,36 +56,163 @@ def build_inpainter(
     times: what the sampler walks, see `build_times`. device: see `pick_device`. speed: see
     `choose_speed`.
     """
-    check_checkpoints(config)  # all of them, before any weight is loaded
-    if config.latent:
-        return _build_latent_inpainter(config, times, device, speed)
-    process = build_process(config, device)
-    return PixelInpainter(
-        _build_denoiser(config, process, device, speed),
-        process.diffusion,
-        times,
-        config.network.image_size,
-        num_classes=NUM_CLASSES,
-        cond_y=config.cond_y,
-        merge_known=config.inpa_inj_sched_prev,
-        time_shift=config.inpa_inj_time_shift,
-        paste_known=config.paste_known,
-        start_from=_kind_of_start(config.start_from),
-    )
+    networks = load_networks(config, device, speed)
+    return model_of(config).inpainter(networks, build_process(config, device), times)
 
 
-def _build_latent_inpainter(
-    config: Config, times: Sequence[int], device: torch.device, speed: Speed
-) -> LatentInpainter:
-    return LatentInpainter(
-        build_network(config, device, speed),
-        build_autoencoder(config, device, speed),
-        build_process(config, device),
-        times,
-        multiple=config.latent.multiple,
-        eta=config.ddim_eta,
-        image_size=config.image_size,
-    )
+# ---- Networks --------------------------------------------------------------------------------
+
+
+def build_networks(config: Config) -> dict[str, Blank]:
+    """The networks of a config on the meta device, the "denoiser" first."""
+    with torch.device("meta"):
+        return model_of(config).networks()
+
+
+def check_checkpoints(config: Config) -> dict[str, Checkpoint]:
+    """The networks of a config, each with a checkpoint that fits it. Raises UserError."""
+    blanks = build_networks(config)
+    return dict(zip(blanks, check_weights(*blanks.values()), strict=True))
+
+
+def load_networks(config: Config, device: torch.device, speed: Speed) -> Networks:
+    """The networks of a config, ready to be evaluated fast: x_t, t, … -> output.
+
+    All checkpoints are compared before any weight is loaded. Raises UserError.
+    """
+    return model_of(config).load(check_checkpoints(config), device, speed)
+
+
+def choose_speed(config: Config, device: torch.device) -> Speed:
+    """How the denoiser will be computed. Raises UserError for what the device does not offer."""
+    return model_of(config).choose_speed(device)
+
+
+def build_process(config: Config, device: torch.device | str = "cpu") -> Process:
+    """The respaced diffusion of a config. Raises UserError."""
+    return model_of(config).process(device)
+
+
+class PixelModel:
+    """Method pixel: RePaint with a denoiser of pixels, which a classifier may guide."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def networks(self) -> dict[str, Blank]:
+        config, network, classifier = self.config, self.config.network, self.config.classifier
+        blanks = {"denoiser": Blank(UNet(network.params), config.model_path)}
+        if classifier:
+            params = classifier.params(network.image_size)
+            blanks["classifier"] = Blank(Classifier(params), classifier.path)
+        return blanks
+
+    def choose_speed(self, device: torch.device) -> Speed:
+        if self.config.classifier:
+            self._classifier_speed(device)
+        return choice.choose_speed(self.config.speed, self.config.network.use_fp16, device)
+
+    def _classifier_speed(self, device: torch.device) -> Speed:
+        wishes, use_fp16 = self.config.speed, self.config.classifier.use_fp16
+        return choice.choose_speed(wishes, use_fp16, device, "classifier_use_fp16")
+
+    def load(
+        self, checkpoints: Mapping[str, Checkpoint], device: torch.device, speed: Speed
+    ) -> Networks:
+        networks = {"denoiser": load_network(checkpoints["denoiser"], speed, device)}
+        if classifier := checkpoints.get("classifier"):
+            own = self._classifier_speed(device)
+            networks["classifier"] = load_network(classifier, own, device, gradients=True)
+        return networks
+
+    def process(self, device: torch.device | str) -> Process:
+        return pixel_process(self.config.diffusion, self.config.source, device)
+
+    def inpainter(
+        self, networks: Networks, process: Process, times: Sequence[int]
+    ) -> PixelInpainter:
+        config = self.config
+        return PixelInpainter(
+            self._denoiser(networks, process),
+            process.diffusion,
+            times,
+            config.network.image_size,
+            num_classes=NUM_CLASSES,
+            cond_y=config.cond_y,
+            merge_known=config.merge_known,
+            time_shift=config.time_shift,
+            paste_known=config.paste_known,
+            start_from=_kind_of_start(config.start_from),
+        )
+
+    def _denoiser(self, networks: Networks, process: Process) -> Denoiser:
+        config = self.config
+        denoiser = network_denoiser(
+            networks["denoiser"],
+            process,
+            class_cond=config.network.class_cond,
+            predict_xstart=config.diffusion.predict_xstart,
+            clip_denoised=config.clip_denoised,
+        )
+        if config.classifier:
+            guide = guided_x0 if config.use_ddim else guided
+            denoiser = guide(denoiser, networks["classifier"], process, config.classifier.scale)
+        return ddim(denoiser, process, config.ddim_eta) if config.use_ddim else denoiser
+
+
+class LatentModel:
+    """Method latent: latent diffusion, with a denoiser of latents and an autoencoder."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.latent = config.latent
+
+    def networks(self) -> dict[str, Blank]:
+        path, latent = self.config.model_path, self.latent
+        return {
+            "denoiser": Blank(UNet(latent.unet_params), path, LATENT_UNET),
+            "autoencoder": Blank(Autoencoder(latent.autoencoder.params), path, LATENT_AUTOENCODER),
+        }
+
+    def choose_speed(self, device: torch.device) -> Speed:
+        wishes = self.config.speed
+        if self.config.image_size is None and wishes.compile is None:
+            wishes = replace(wishes, compile=False)  # each size would be compiled anew
+        return choice.choose_speed(wishes, False, device)
+
+    def load(
+        self, checkpoints: Mapping[str, Checkpoint], device: torch.device, speed: Speed
+    ) -> Networks:
+        autoencoder, side = checkpoints["autoencoder"], self.latent.nominal_size
+        return {
+            "denoiser": load_network(checkpoints["denoiser"], speed, device),
+            "autoencoder": load_autoencoder(autoencoder, speed, device, side),
+        }
+
+    def process(self, device: torch.device | str) -> Process:
+        steps, _ = ddim_times(self.latent.ddim_steps)
+        return latent_process(steps, device)
+
+    def inpainter(
+        self, networks: Networks, process: Process, times: Sequence[int]
+    ) -> LatentInpainter:
+        return LatentInpainter(
+            networks["denoiser"],
+            networks["autoencoder"],
+            process,
+            times,
+            multiple=self.latent.multiple,
+            eta=self.config.ddim_eta,
+            image_size=self.config.image_size,
+        )
+
+
+_MODELS = {"pixel": PixelModel, "latent": LatentModel}
+
+
+def model_of(config: Config) -> PixelModel | LatentModel:
+    """What a config's method stands for."""
+    return _MODELS[config.method](config)
 
 
 def _kind_of_start(start: StartConfig | None) -> Start:
@@ -102,18 +221,71 @@ def _kind_of_start(start: StartConfig | None) -> Start:
     return "picture" if start.path else "image"
 
 
-def check_checkpoints(config: Config) -> None:
-    """Compare every key and shape of the checkpoints with the config. Raises UserError."""
-    with torch.device("meta"):
-        check_weights(
-            UNet(network_params(config)), config.model_path, config.latent and LATENT_UNET
+def pixel_process(
+    diffusion: DiffusionConfig, source: str, device: torch.device | str = "cpu"
+) -> Process:
+    """The respaced diffusion of pixels. source: the config's file. Raises UserError."""
+    try:
+        return respaced_process(
+            beta_schedule(diffusion.noise_schedule, diffusion.diffusion_steps),
+            diffusion.timestep_respacing,
+            rescale_timesteps=diffusion.rescale_timesteps,
+            device=device,
         )
-        if config.latent:
-            autoencoder = Autoencoder(autoencoder_params(config.latent.autoencoder))
-            check_weights(autoencoder, config.model_path, LATENT_AUTOENCODER)
-        if c := config.classifier:
-            params = classifier_params(c, config.network.image_size)
-            check_weights(Classifier(params), c.path)
+    except ValueError as error:
+        raise UserError(
+            f"{source}: timestep_respacing: found {diffusion.timestep_respacing}: {error}; "
+            "accepted: a number of steps that there is room for, such as 50"
+        ) from error
+
+
+# ---- Times -----------------------------------------------------------------------------------
+
+
+def build_times(config: Config) -> list[int]:
+    """The times that the sampler walks. Raises UserError if it cannot take these steps."""
+    diffusion = build_process(config).diffusion
+    _check_ddim_eta(config, diffusion)
+    times = times_of(config)
+    _check_time_shift(config, times, diffusion.num_timesteps)
+    _warn_of_low_start(config, times, diffusion)
+    return times
+
+
+def _check_ddim_eta(config: Config, diffusion: GaussianDiffusion) -> None:
+    largest = diffusion.largest_ddim_eta
+    if config.ddim_eta > largest:
+        raise UserError(
+            f"{config.source}: ddim_eta: found {config.ddim_eta:g}, which adds more noise than "
+            f"some step leaves room for; accepted: from 0 to {math.floor(largest * 1000) / 1000:g}"
+        )
+
+
+def _check_time_shift(config: Config, times: list[int], steps: int) -> None:
+    shift = config.time_shift
+    used = [t + shift for t, u in pairwise(times) if u > t]
+    if used and not (min(used) >= 0 and max(used) < steps):
+        raise UserError(
+            f"{config.source}: inpa_inj_time_shift: found {shift}, with which re-noising needs "
+            f"steps {min(used)} to {max(used)} of a diffusion of {steps} steps; accepted: 1"
+        )
+
+
+def _warn_of_low_start(config: Config, times: list[int], diffusion: GaussianDiffusion) -> None:
+    steps = diffusion.num_timesteps
+    if config.start_from or times[0] == steps - 1:
+        return
+    noise = (1 - diffusion.alphas_cumprod[times[0]]) ** 0.5
+    warnings.warn(
+        f"sampling starts from pure noise at step {times[0]} of {steps}, whose noise level is "
+        f"{noise:.3f}, not 1: results suffer. If you lowered t_T to save time, set also "
+        f"timestep_respacing: '{config.schedule.t_T}', or leave that key out",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+# ---- Device ----------------------------------------------------------------------------------
 
 
 def pick_device(name: str | None, world: World = ALONE) -> torch.device:
@@ -154,197 +326,3 @@ def _pick_gpu(device: torch.device, world: World) -> torch.device:
             f"device(s); start with --nproc_per_node={found}, or use device: cpu"
         )
     return torch.device("cuda", world.local_rank)
-
-
-def choose_speed(config: Config, device: torch.device) -> Speed:
-    """How the denoiser will be computed. Raises UserError for what the device does not offer."""
-    if config.classifier:
-        _choose_classifier_speed(config, device)
-    if not config.latent:
-        return choice.choose_speed(config.speed, config.network.use_fp16, device)
-    wishes = config.speed
-    if config.image_size is None and wishes.compile is None:
-        wishes = replace(wishes, compile=False)  # each size would be compiled anew
-    return choice.choose_speed(wishes, False, device)
-
-
-def _choose_classifier_speed(config: Config, device: torch.device) -> Speed:
-    use_fp16 = config.classifier.use_fp16
-    return choice.choose_speed(config.speed, use_fp16, device, "classifier_use_fp16")
-
-
-def build_network(config: Config, device: torch.device, speed: Speed) -> Network:
-    """The denoising network alone, weights loaded: (x_t, t[, y]) -> output. Raises UserError."""
-    with torch.device("meta"):
-        network = UNet(network_params(config))
-    if config.latent:
-        return load_network(network, config.model_path, speed, device, part=LATENT_UNET)
-    return load_network(network, config.model_path, speed, device)
-
-
-def build_autoencoder(config: Config, device: torch.device, speed: Speed) -> Autoencoder:
-    """The autoencoder of a latent config, weights loaded. Raises UserError."""
-    with torch.device("meta"):
-        autoencoder = Autoencoder(autoencoder_params(config.latent.autoencoder))
-    side = config.latent.nominal_size
-    return load_autoencoder(autoencoder, config.model_path, speed, device, side)
-
-
-def build_process(config: Config | TrainingConfig, device: torch.device | str = "cpu") -> Process:
-    """The respaced diffusion of a config. Raises UserError."""
-    if isinstance(config, Config) and config.latent:
-        steps, _ = ddim_times(config.latent.ddim_steps)
-        return latent_process(steps, device)
-    d = config.diffusion
-    try:
-        return respaced_process(
-            beta_schedule(d.noise_schedule, d.diffusion_steps),
-            d.timestep_respacing,
-            rescale_timesteps=d.rescale_timesteps,
-            device=device,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"{config.source}: timestep_respacing: found {d.timestep_respacing}: {error}; "
-            "accepted: a number of steps that there is room for, such as 50"
-        ) from error
-
-
-def build_times(config: Config) -> list[int]:
-    """The times that the sampler walks. Raises UserError if it cannot take these steps."""
-    diffusion = build_process(config).diffusion
-    _check_ddim_eta(config, diffusion)
-    if config.latent:
-        return ddim_times(config.latent.ddim_steps)[1]
-    alphas_cumprod = diffusion.alphas_cumprod
-    steps = len(alphas_cumprod)
-    times = jump_times(config.schedule) if config.schedule else plain_times(steps)
-    if config.start_from:
-        times = times_from(times, config.start_from.t)
-    _check_time_shift(config, times, steps)
-    if times[0] < steps - 1 and not config.start_from:
-        noise = (1 - alphas_cumprod[times[0]]) ** 0.5
-        warnings.warn(
-            f"sampling starts from pure noise at step {times[0]} of {steps}, whose noise level is "
-            f"{noise:.3f}, not 1: results suffer. If you lowered t_T to save time, set also "
-            f"timestep_respacing: '{config.schedule.t_T}', or leave that key out",
-            UserWarning,
-            stacklevel=2,
-        )
-    return times
-
-
-def _check_ddim_eta(config: Config, diffusion: GaussianDiffusion) -> None:
-    largest = diffusion.largest_ddim_eta
-    if config.ddim_eta > largest:
-        raise UserError(
-            f"{config.source}: ddim_eta: found {config.ddim_eta:g}, which adds more noise than "
-            f"some step leaves room for; accepted: from 0 to {math.floor(largest * 1000) / 1000:g}"
-        )
-
-
-def _check_time_shift(config: Config, times: list[int], steps: int) -> None:
-    shift = config.inpa_inj_time_shift
-    used = [t + shift for t, u in pairwise(times) if u > t]
-    if used and not (min(used) >= 0 and max(used) < steps):
-        raise UserError(
-            f"{config.source}: inpa_inj_time_shift: found {shift}, with which re-noising needs "
-            f"steps {min(used)} to {max(used)} of a diffusion of {steps} steps; accepted: 1"
-        )
-
-
-def _build_denoiser(
-    config: Config, process: Process, device: torch.device, speed: Speed
-) -> Denoiser:
-    denoiser = network_denoiser(
-        build_network(config, device, speed),
-        process,
-        class_cond=config.network.class_cond,
-        predict_xstart=config.diffusion.predict_xstart,
-        clip_denoised=config.clip_denoised,
-    )
-    if config.classifier:
-        guide = guided_x0 if config.use_ddim else guided
-        classifier = _build_classifier(config, device)
-        denoiser = guide(denoiser, classifier, process, config.classifier.scale)
-    return ddim(denoiser, process, config.ddim_eta) if config.use_ddim else denoiser
-
-
-def _build_classifier(config: Config, device: torch.device) -> Network:
-    c = config.classifier
-    speed = _choose_classifier_speed(config, device)
-    with torch.device("meta"):
-        classifier = Classifier(classifier_params(c, config.network.image_size))
-    return load_network(classifier, c.path, speed, device, gradients=True)
-
-
-def network_params(config: Config) -> UNetParams:
-    """The shape of the denoiser of a config, pixel or latent."""
-    return latent_unet_params(config.latent) if config.latent else unet_params(config.network)
-
-
-def unet_params(network: NetworkConfig) -> UNetParams:
-    """The shape of a denoiser of pixels."""
-    return UNetParams(
-        image_size=network.image_size,
-        model_channels=network.num_channels,
-        channel_mult=network.channel_mult,
-        num_res_blocks=network.num_res_blocks,
-        attention_resolutions=network.attention_resolutions,
-        out_channels=6 if network.learn_sigma else 3,
-        num_heads=network.num_heads,
-        num_heads_upsample=network.num_heads_upsample,
-        num_head_channels=network.num_head_channels,
-        num_classes=NUM_CLASSES if network.class_cond else None,
-        dropout=network.dropout,
-        use_scale_shift_norm=network.use_scale_shift_norm,
-        resblock_updown=network.resblock_updown,
-        use_new_attention_order=network.use_new_attention_order,
-        use_checkpoint=network.use_checkpoint,
-    )
-
-
-def latent_unet_params(latent: LatentConfig) -> UNetParams:
-    """The shape of a denoiser of latents."""
-    unet, side = latent.unet, latent.nominal_size // latent.factor
-    return UNetParams(
-        image_size=side,
-        model_channels=unet.model_channels,
-        channel_mult=unet.channel_mult,
-        num_res_blocks=unet.num_res_blocks,
-        attention_resolutions=tuple(side // rate for rate in unet.attention_resolutions),
-        out_channels=unet.out_channels,
-        in_channels=unet.in_channels,
-        num_heads=unet.num_heads,
-        use_scale_shift_norm=False,
-        resblock_updown=unet.resblock_updown,
-    )
-
-
-def autoencoder_params(autoencoder: AutoencoderConfig) -> AutoencoderParams:
-    """The shape of the autoencoder that a config describes."""
-    return AutoencoderParams(
-        ch=autoencoder.ch,
-        ch_mult=autoencoder.ch_mult,
-        num_res_blocks=autoencoder.num_res_blocks,
-        z_channels=autoencoder.z_channels,
-        embed_dim=autoencoder.embed_dim,
-        n_embed=autoencoder.n_embed,
-        in_channels=autoencoder.in_channels,
-        out_ch=autoencoder.out_ch,
-    )
-
-
-def classifier_params(classifier: ClassifierConfig, image_size: int) -> ClassifierParams:
-    """The shape of the classifier that a config describes."""
-    encoder = UNetParams(
-        image_size=image_size,
-        model_channels=classifier.width,
-        channel_mult=CHANNEL_MULT_BY_IMAGE_SIZE[image_size],
-        num_res_blocks=classifier.depth,
-        attention_resolutions=classifier.attention_resolutions,
-        num_head_channels=64,
-        use_scale_shift_norm=classifier.use_scale_shift_norm,
-        resblock_updown=classifier.resblock_updown,
-    )
-    return ClassifierParams(encoder, classifier.pool)

@@ -9,7 +9,6 @@ Run by path it draws the list of the paper's setting, or of a config, or of seve
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -90,6 +89,15 @@ def ddim_times(ddim_steps: int) -> tuple[list[int], list[int]]:
     # Its steps are those from 0 on, plus one; a step of 1000 is beyond the base process.
     evaluated = range(1, 1000, stride)
     return [0, *evaluated], list(range(len(evaluated), -1, -1))
+
+
+def times_of(config: Config) -> list[int]:
+    """What the sampler of a config walks."""
+    if config.latent:
+        return ddim_times(config.latent.ddim_steps)[1]
+    kept = config.diffusion.kept_steps
+    times = jump_times(config.schedule) if config.schedule else plain_times(kept)
+    return times_from(times, config.start_from.t) if config.start_from else times
 
 
 def times_from(times: list[int], t: int) -> list[int]:
@@ -178,24 +186,12 @@ def schedules_of(conf_paths: list[str]) -> dict[str, list[int]]:
         return {"RePaint, paper setting": jump_times(PAPER_SCHEDULE)}
     configs = {path: load_config(path, require_data=False) for path in conf_paths}
     if len(configs) == 1:
-        return {path: _times(config) for path, config in configs.items()}
+        return {path: times_of(config) for path, config in configs.items()}
     uses = Counter(config.name for config in configs.values())
     return {
-        config.name if uses[config.name] == 1 else f"{config.name} ({path})": _times(config)
+        config.name if uses[config.name] == 1 else f"{config.name} ({path})": times_of(config)
         for path, config in configs.items()
     }
-
-
-def _times(config: Config) -> list[int]:
-    """What the sampler walks."""
-    if config.latent:
-        return ddim_times(config.latent.ddim_steps)[1]
-    if config.schedule:
-        times = jump_times(config.schedule)
-    else:
-        counts = [int(count) for count in re.findall("[0-9]+", config.diffusion.timestep_respacing)]
-        times = plain_times(sum(counts) or config.diffusion.diffusion_steps)
-    return times_from(times, config.start_from.t) if config.start_from else times
 
 
 def _costs(times: list[int]) -> str:

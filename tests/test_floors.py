@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "guided_diffusion"
 FLOORS = (
-    ("config", "networks", "gaussian_diffusion", "streams"),
+    ("networks", "gaussian_diffusion", "streams"),
+    ("config",),
     ("machine", "downloads", "respace", "repaint", "scheduler"),
     ("images", "checkpoints", "denoiser"),
     ("masks", "speed", "evaluation", "output", "inpainter"),

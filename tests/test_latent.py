@@ -127,7 +127,7 @@ def test_published_multiple_is_32(tmp_path):
     case = LatentCase(tmp_path)
     case.config["latent"] = {}
     with (
-        patch("guided_diffusion.factory.check_checkpoints"),
+        patch.object(factory, "check_checkpoints", factory.build_networks),
         patch("guided_diffusion.factory.load_network"),
         patch("guided_diffusion.factory.load_autoencoder"),
     ):
@@ -235,7 +235,7 @@ def test_layers_are_made_for_the_size_of_the_pictures(case, image_size, side):
         }
         load_inpainter(case.conf_path(), overrides=overrides)
     assert sides.call_args.args[1] == side
-    p = factory.network_params(load_config(case.conf_path(), overrides))
+    p = load_config(case.conf_path(), overrides).latent.unet_params
     assert p.image_size == side // 4
     assert [rate for rate in (1, 2, 4) if p.attends(rate)] == [2, 4]
 

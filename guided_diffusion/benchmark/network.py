@@ -34,12 +34,18 @@ from guided_diffusion.benchmark.setup import (
     random_checkpoint,
     room_on_gpu,
 )
-from guided_diffusion.checkpoints.loading import LATENT_AUTOENCODER, LATENT_UNET, Part, load_weights
+from guided_diffusion.checkpoints.loading import (
+    LATENT_AUTOENCODER,
+    Blank,
+    Part,
+    check_weights,
+    load_weights,
+)
 from guided_diffusion.config import Config, UserError, load_config
 from guided_diffusion.denoiser import Network, ddim, network_denoiser
 from guided_diffusion.inpainter import PixelInpainter
-from guided_diffusion.networks.autoencoder import Autoencoder
 from guided_diffusion.networks.layers import GroupNorm32
+from guided_diffusion.networks.params import UNetParams
 from guided_diffusion.networks.strips import Whole
 from guided_diffusion.networks.unet import AttentionBlock, UNet
 from guided_diffusion.scheduler import count_evaluations, plain_times
@@ -272,12 +278,8 @@ def measure(config: Config, settings: Sequence[str], batch: int) -> Figures:
 
 def networks_of(config: Config) -> dict[Part | None, nn.Module]:
     """The networks of a config on the meta device, the U-Net first; see `random_checkpoint`."""
-    with torch.device("meta"):
-        unet = UNet(factory.network_params(config))
-        if config.latent is None:
-            return {None: unet}
-        autoencoder = Autoencoder(factory.autoencoder_params(config.latent.autoencoder))
-    return {LATENT_UNET: unet, LATENT_AUTOENCODER: autoencoder}
+    blanks = factory.build_networks(replace(config, classifier=None))
+    return {blank.part: blank.network for blank in blanks.values()}
 
 
 # ---- Both ways -------------------------------------------------------------------------------
@@ -319,17 +321,22 @@ def _load_plain(network: nn.Module, path: str, device: torch.device, part: Part 
         for key, weight in weights.items():
             setattr(module, key, nn.Parameter(weight.clone(), requires_grad=False))
 
-    load_weights(network, path, place, part).to(device).eval()
+    (checkpoint,) = check_weights(Blank(network, path, part))
+    load_weights(checkpoint, place).to(device).eval()
 
 
 def _coding(config: Config, coders: tuple[Network, Network], device: torch.device) -> Functions:
     """What an autoencoder does with one picture."""
     encode, decode = coders
-    p = factory.autoencoder_params(config.latent.autoencoder)
+    p = config.latent.autoencoder.params
     side = config.latent.nominal_size // config.latent.factor
     z = torch.randn(1, p.embed_dim, side, side, device=device)
     x = torch.rand(1, p.in_channels, side * p.factor, side * p.factor, device=device) * 2 - 1
     return {"encode": lambda: encode(x), "decode": lambda: decode(z)}
+
+
+def _unet_params(config: Config) -> UNetParams:
+    return config.latent.unet_params if config.latent else config.network.params
 
 
 @torch.no_grad()
@@ -337,12 +344,13 @@ def _measure_networks(
     config: Config, speed: Speed, device: torch.device, batch: int
 ) -> tuple[dict[str, Pairs], dict[str, float]]:
     """What each of the `Functions` takes; and see `time_shares`."""
-    network = factory.build_network(config, device, speed)
-    x, *others = example(factory.network_params(config), batch, device)
+    networks = factory.load_networks(replace(config, classifier=None), device, speed)
+    network = networks["denoiser"]
+    x, *others = example(_unet_params(config), batch, device)
     inputs = [x.contiguous(memory_format=torch.channels_last), *others]
     functions: Functions = {"evaluate": lambda: network(*inputs)}
     if config.latent:
-        autoencoder = factory.build_autoencoder(config, device, speed)
+        autoencoder = networks["autoencoder"]
         coders = autoencoder.encode, autoencoder.decode
         functions |= _coding(config, coders, device)
     with _PlainProcess(config, device, batch) as plain:
@@ -388,7 +396,7 @@ _plain: dict[str, Callable[[], float]] = {}  # in that process: what measures ea
 
 
 def _prepare_plain(config: Config, device: torch.device, batch: int) -> None:
-    inputs = example(factory.network_params(config), batch, device)
+    inputs = example(_unet_params(config), batch, device)
     network = plain_network(config, device)
     functions: Functions = {"evaluate": lambda: network(*inputs)}
     if config.latent:
@@ -482,7 +490,7 @@ def time_shares(network: nn.Module, inputs: Sequence[torch.Tensor]) -> dict[str,
 def sampler_milliseconds(config: Config, device: torch.device, batch: int) -> float:
     """What the sampler adds to an evaluation: its time with a network that computes nothing."""
     process = factory.build_process(config, device)
-    p = factory.network_params(config)
+    p = _unet_params(config)
     output = torch.zeros(batch, p.out_channels, p.image_size, p.image_size, device=device)
     denoiser = network_denoiser(lambda x, t: output, process)
     if config.latent:

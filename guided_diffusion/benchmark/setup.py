@@ -16,7 +16,7 @@ from torch import nn
 
 from guided_diffusion.checkpoints.loading import Part
 from guided_diffusion.config import Config, UserError
-from guided_diffusion.networks.unet import UNetParams
+from guided_diffusion.networks.params import UNetParams
 
 WIDTH = 88  # of the notes below a table, in characters
 

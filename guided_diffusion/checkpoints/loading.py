@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import PurePath
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -34,9 +34,10 @@ DEMO_MODEL = "portraits64.pt"
 
 PIECE = 2**26  # weights of a checkpoint placed at a time: more pieces, less memory, more time
 
-Network = TypeVar("Network", bound=nn.Module)
 Place = Callable[[str, nn.Module, dict[str, torch.Tensor]], None]
 Weights = dict[str, torch.Tensor]
+Stored = Mapping[str, StoredTensor | None]  # of a whole latent diffusion checkpoint, by name
+ReadParts = Callable[[str, str], Stored]  # of a path, and that of its local copy
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,23 @@ class Part:
         return self.average + name.replace(".", "") if self.average else self.prefix + name
 
 
+@dataclass(frozen=True)
+class Blank:
+    """A network on the meta device, and where its weights are."""
+
+    network: nn.Module
+    path: str
+    part: Part | None = None  # of a latent diffusion checkpoint; None: the file has them alone
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights that fit a blank network."""
+
+    blank: Blank
+    open_weights: Callable[[], Weights]
+
+
 LATENT_UNET = Part("model.diffusion_model.", explain_latent_unet, "model_ema.diffusion_model")
 LATENT_AUTOENCODER = Part("first_stage_model.", explain_autoencoder)
 
@@ -65,20 +83,27 @@ def place_copies(name: str, module: nn.Module, weights: dict[str, torch.Tensor])
         setattr(module, key, nn.Parameter(weight, requires_grad=False))
 
 
-def load_weights(
-    network: Network, path: str, place: Place = place_copies, part: Part | None = None
-) -> Network:
-    """Fill a network built on the meta device with the weights of a checkpoint.
+def check_weights(*blanks: Blank) -> list[Checkpoint]:
+    """Compare every key and shape of checkpoints with networks; parts of one file are read once.
 
-    place: (name of a module, module, its weights in the mapped file); what it keeps of them it
-    copies, for the file is mapped and left again piece by piece, so that all weights are in memory
-    once. part: where they are in a latent diffusion checkpoint; None: the file has them alone.
-    Raises UserError, as `load_state_dict` and if any key or shape differs; warns, once, if a part
-    should have a moving average and has none (of the processes of a run, that of rank 0 does).
+    Raises UserError, as `load_state_dict` and if anything differs; warns, once, if a part should
+    have a moving average and has none (of the processes of a run, that of rank 0 does).
     """
-    open_weights = _matching_weights(network, path, part)
+    read_parts = cache(partial(_load, read=lightning.read_state_dict, anew=_WHOLE_MODEL))
+    return [Checkpoint(blank, _matching_weights(blank, read_parts)) for blank in blanks]
+
+
+def load_weights(checkpoint: Checkpoint, place: Place = place_copies) -> nn.Module:
+    """Fill a blank network with the weights that fit it.
+
+    place: (name of a module, module, its weights in the mapped file); it copies what it keeps of
+    them, because the file is mapped and left again piece by piece, so that all weights are in
+    memory once. Raises UserError if the file cannot be read any more.
+    """
+    network = checkpoint.blank.network
     for names in _pieces(network):
-        weights = open_weights()  # anew: what was read of a mapping counts as used until it closes
+        # Anew each time: what was read of a mapping counts as used until it closes.
+        weights = checkpoint.open_weights()
         for name in names:
             module = network.get_submodule(name)
             keys = {key: f"{name}.{key}" if name else key for key, _ in _own_weights(module)}
@@ -113,11 +138,6 @@ def fingerprint(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(_unreadable_message(path, error)) from error
     return {"path": path, "bytes": size, "sha256": sha256}
-
-
-def check_weights(network: nn.Module, path: str, part: Part | None = None) -> None:
-    """Compare every key and shape of a checkpoint with a network, see `load_weights`."""
-    _matching_weights(network, path, part)
 
 
 @contextmanager
@@ -267,11 +287,12 @@ def _first_line(error: Exception) -> str:
 # ---- Comparing -------------------------------------------------------------------------------
 
 
-def _matching_weights(network: nn.Module, path: str, part: Part | None) -> Callable[[], Weights]:
+def _matching_weights(blank: Blank, read_parts: ReadParts) -> Callable[[], Weights]:
     """What opens the weights of a checkpoint, all of whose keys and shapes are the network's."""
-    wanted, local = _shapes(network.state_dict()), local_path(path)
-    if part:
-        return _matching_part(wanted, path, local, part)
+    path, wanted = blank.path, _shapes(blank.network.state_dict())
+    local = local_path(path)
+    if blank.part:
+        return _matching_part(wanted, path, local, blank.part, read_parts(path, local))
     try:
         return _matching_file(wanted, path, local)
     except UserError as error:
@@ -289,8 +310,9 @@ def _matching_file(wanted: Shapes, path: str, local: str) -> Callable[[], Weight
     return partial(_load, path, local) if _is_zip(local) else lambda: state_dict
 
 
-def _matching_part(wanted: Shapes, path: str, local: str, part: Part) -> Callable[[], Weights]:
-    stored = _load(path, local, lightning.read_state_dict, _WHOLE_MODEL)
+def _matching_part(
+    wanted: Shapes, path: str, local: str, part: Part, stored: Stored
+) -> Callable[[], Weights]:
     names = _names_in_file(part, stored, wanted)
     if problem := _part_problem(part, stored, names):
         raise UserError(f"{path}: {problem}")
@@ -317,7 +339,7 @@ def _averages(part: Part, stored: Iterable[str]) -> list[str]:
     return [name for name in stored if part.average and name.startswith(part.average)]
 
 
-def _part_problem(part: Part, stored: Mapping[str, Any], names: Mapping[str, str]) -> str | None:
+def _part_problem(part: Part, stored: Stored, names: Mapping[str, str]) -> str | None:
     """Why a file has not the part, in which all is to be a tensor; None: it has."""
     if TIME_EMBED in stored:
         return "this is a pixel-space model: set method: pixel, or take a latent diffusion one"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from guided_diffusion.checkpoints.lightning import shown
-from guided_diffusion.config import CHANNEL_MULT_BY_IMAGE_SIZE
+from guided_diffusion.networks.params import CHANNEL_MULT_BY_IMAGE_SIZE
 
 Shapes = dict[str, tuple[int, ...]]  # of weights, by name
 Features = dict[str, str | None]  # config key -> its value; None: the shapes do not tell

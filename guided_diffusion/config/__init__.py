@@ -1,9 +1,13 @@
 """What users write in YAML: frozen dataclasses, one loader, every error a user can make."""
 
 from guided_diffusion.config.errors import UserError
-from guided_diffusion.config.loading import load_config, load_training_config, to_yaml_dict
+from guided_diffusion.config.loading import (
+    load_config,
+    load_training_config,
+    pixel_settings,
+    to_yaml_dict,
+)
 from guided_diffusion.config.schema import (
-    CHANNEL_MULT_BY_IMAGE_SIZE,
     CUT,
     AutoencoderConfig,
     ClassifierConfig,
@@ -21,7 +25,6 @@ from guided_diffusion.config.schema import (
 )
 
 __all__ = [
-    "CHANNEL_MULT_BY_IMAGE_SIZE",
     "CUT",
     "AutoencoderConfig",
     "ClassifierConfig",
@@ -39,5 +42,6 @@ __all__ = [
     "UserError",
     "load_config",
     "load_training_config",
+    "pixel_settings",
     "to_yaml_dict",
 ]

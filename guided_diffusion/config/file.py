@@ -1,7 +1,7 @@
 """A YAML file and its overrides, read into a table; errors name the line."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -12,6 +12,7 @@ from guided_diffusion.config.errors import UserError
 from guided_diffusion.config.kinds import ANYTHING, is_null
 from guided_diffusion.config.problems import Problems
 from guided_diffusion.config.vocabulary import Vocabulary, key_of, kinds_of
+from guided_diffusion.networks.params import ShapeError
 
 _Part = TypeVar("_Part")
 _Path = tuple[str, ...]  # a dotted path in its parts
@@ -59,6 +60,14 @@ class ConfigFile:
     def refuse_first(self, *problems: Problems) -> None:
         for key, accepted in chain(*problems):
             self.refuse(key, accepted)
+
+    def refuse_misshapen(self, cls: type, shape: Callable[[], Any]) -> None:
+        """Refuse a network that cannot be built, by the key of `cls` that is at fault."""
+        try:
+            shape()
+        except ShapeError as error:
+            known = error.field in kinds_of(cls)
+            self.refuse(key_of(cls, error.field) if known else error.field, error.accepted)
 
     def refuse(self, key: str, accepted: str) -> NoReturn:
         """Raise the one-line error about a key, or a section, of the vocabulary."""

@@ -2,25 +2,24 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import Field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 from guided_diffusion.config import schema
 from guided_diffusion.config.file import ConfigFile
 from guided_diffusion.config.problems import (
-    autoencoder_problems,
-    classifier_problems,
     crop_problems,
     dataset_problems,
     ddim_problems,
     diffusion_problems,
     folder_problems,
-    latent_unet_problems,
-    network_problems,
+    latent_problems,
     precision_problems,
     start_problems,
 )
 from guided_diffusion.config.vocabulary import METHODS, TRAINING, key_of, kinds_of
+from guided_diffusion.networks.params import CHANNEL_MULT_BY_IMAGE_SIZE
 
 
 def load_config(
@@ -56,12 +55,13 @@ def _pixel_config(file: ConfigFile) -> schema.Config:
         classifier=classifier if classifier.scale and classifier.path else None,
     )
     file.refuse_first(
-        network_problems(config.network),
         diffusion_problems(config.diffusion, schedule),
         ddim_problems(config),
         start_problems(config),
-        classifier_problems(config.classifier, config.network.image_size),
     )
+    if config.classifier:
+        shape = partial(classifier.params, config.network.image_size)
+        file.refuse_misshapen(schema.ClassifierConfig, shape)
     return config
 
 
@@ -71,7 +71,9 @@ def _latent_config(file: ConfigFile) -> schema.Config:
     config = _config(
         file, latent=latent, network=None, diffusion=None, schedule=None, classifier=None
     )
-    file.refuse_first(latent_unet_problems(unet, autoencoder), autoencoder_problems(autoencoder))
+    file.refuse_first(latent_problems(latent))
+    file.refuse_misshapen(schema.LatentUNetConfig, partial(unet.params, unet.image_size))
+    file.refuse_misshapen(schema.AutoencoderConfig, lambda: autoencoder.params)
     return config
 
 
@@ -95,7 +97,6 @@ def load_training_config(
         training=file.make(schema.TrainingParams),
     )
     file.refuse_first(
-        network_problems(config.network),
         diffusion_problems(config.diffusion, None),
         precision_problems(config.network),
         crop_problems(config.training),
@@ -107,37 +108,49 @@ def load_training_config(
 def _network(file: ConfigFile) -> schema.NetworkConfig:
     """The network, with `channel_mult` by image size where the file leaves it open."""
     network = file.make(schema.NetworkConfig)
-    if network.channel_mult:
-        return network
-    if network.image_size not in schema.CHANNEL_MULT_BY_IMAGE_SIZE:
-        file.refuse(
-            "image_size", "64, 128, 256, 512, or any if channel_mult is set, as in '1,2,2,4'"
-        )
-    return replace(network, channel_mult=schema.CHANNEL_MULT_BY_IMAGE_SIZE[network.image_size])
+    if not network.channel_mult:
+        if network.image_size not in CHANNEL_MULT_BY_IMAGE_SIZE:
+            accepted = "64, 128, 256, 512, or any if channel_mult is set, as in '1,2,2,4'"
+            file.refuse("image_size", accepted)
+        network = replace(network, channel_mult=CHANNEL_MULT_BY_IMAGE_SIZE[network.image_size])
+    file.refuse_misshapen(schema.NetworkConfig, lambda: network.params)
+    return network
 
 
-def to_yaml_dict(
-    config: schema.Config | schema.TrainingConfig, defaults: bool = True
-) -> dict[str, Any]:
-    """The effective config as YAML files write it; written out and loaded, it is equal again.
-
-    defaults: False leaves out what is at its default.
-    """
-    vocabulary = METHODS[config.method] if isinstance(config, schema.Config) else TRAINING
+def to_yaml_dict(config: schema.Config | schema.TrainingConfig) -> dict[str, Any]:
+    """The effective config as YAML files write it; written out and loaded, it is equal again."""
     tree: dict[str, Any] = {}
-    for part in _parts(config):
-        for name in kinds_of(type(part)):
-            if not defaults and getattr(part, name) == getattr(type(part), name, _NO_DEFAULT):
-                continue
-            key = key_of(type(part), name)
-            if key not in vocabulary.known:
-                continue  # of another method
-            *sections, last = key.split(".")
-            node = tree
-            for section in sections:
-                node = node.setdefault(part.name if section == "*" else section, {})
-            node[last] = _as_yaml(getattr(part, name))
+    for key, value, _ in _settings(config):
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(config.dataset.name if section == "*" else section, {})
+        node[last] = _as_yaml(value)
     return tree
+
+
+def pixel_settings(config: schema.Config) -> dict[str, Any]:
+    """The settings that a result's pixels depend on, but for those at their defaults.
+
+    By dotted key; those of the dataset by the last word alone.
+    """
+    return {
+        key.removeprefix("data.eval.*."): _as_yaml(value)
+        for key, value, field in _settings(config)
+        if field.metadata["pixels"] and value != field.default
+    }
+
+
+def _settings(
+    config: schema.Config | schema.TrainingConfig,
+) -> Iterator[tuple[str, Any, Field]]:
+    """The key, the value and the field of each setting."""
+    vocabulary = METHODS[config.method] if isinstance(config, schema.Config) else TRAINING
+    for part in _parts(config):
+        for field in fields(part):
+            key = key_of(type(part), field.name)
+            if field.name in kinds_of(type(part)) and key in vocabulary.known:
+                yield key, getattr(part, field.name), field
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -145,9 +158,6 @@ def _parts(config: Any) -> Iterator[Any]:
     yield config
     for value in filter(is_dataclass, vars(config).values()):
         yield from _parts(value)
-
-
-_NO_DEFAULT = object()
 
 
 def _as_yaml(value: Any) -> Any:

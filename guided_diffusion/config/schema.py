@@ -1,12 +1,14 @@
 """All settings, as frozen dataclasses.
 
-A field's name is its YAML key, and its type says what the key accepts.
+A field's name is its YAML key, if `vocabulary` gives it no other, and its type says what the key
+accepts. A field is made by `pixels` if a result's pixels depend on its value, else by `aside`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 from guided_diffusion.config.kinds import (
     BatchSize,
@@ -38,137 +40,190 @@ from guided_diffusion.config.kinds import (
     Text,
     WholeMultiples,
 )
-
-CHANNEL_MULT_BY_IMAGE_SIZE: dict[int, tuple[float, ...]] = {
-    512: (0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0),
-    256: (1.0, 1.0, 2.0, 2.0, 4.0, 4.0),
-    128: (1.0, 1.0, 2.0, 3.0, 4.0),
-    64: (1.0, 2.0, 3.0, 4.0),
-}
+from guided_diffusion.networks.params import (
+    NUM_CLASSES,
+    AutoencoderParams,
+    ClassifierParams,
+    UNetParams,
+)
 
 CUT = 128  # level of a mask (0 to 255) at which it is cut into black and white, where it is
+
+_Params = TypeVar("_Params")
+
+
+def pixels(default: Any = MISSING) -> Any:
+    """A field that a result's pixels depend on: with another value, it is made again."""
+    return field(default=default, metadata={"pixels": True})
+
+
+def aside(default: Any = MISSING) -> Any:
+    """A field that changes no pixel, or counts in another way.
+
+    Another way: in what is recorded of each result's inputs, or as the `Speed` that it comes to.
+    """
+    return field(default=default, metadata={"pixels": False})
+
+
+def _params(cls: type[_Params], part: Any, **others: Any) -> _Params:
+    """`cls` of the others, and of the fields that this part of a config has too."""
+    shared = {f.name: getattr(part, f.name) for f in fields(cls) if hasattr(part, f.name)}
+    return cls(**shared | others)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """The denoiser (U-Net)."""
 
-    image_size: Count = 64  # side of the square that the network sees
-    num_channels: Count = 128  # base width; level i is channel_mult[i] times as wide
-    num_res_blocks: Blocks = 2  # per level
-    num_heads: Count = 4
-    num_heads_upsample: CountOrDefault = -1  # in the output half; -1 = num_heads
-    num_head_channels: CountOrDefault = -1  # if given, num_heads does not count
-    attention_resolutions: Sizes = (16, 8)  # image sides, not rates
-    channel_mult: Multiples = ()  # where a file has none, the loader takes it by image size
-    dropout: Share = 0.0
-    class_cond: Flag = False  # 1000 classes
-    use_checkpoint: Flag = False  # gradients take less memory and more time
-    use_scale_shift_norm: Flag = True
-    resblock_updown: Flag = False
-    use_fp16: Flag = False
-    use_new_attention_order: Flag = False
-    learn_sigma: Flag = False  # twice the output channels; the second half is v
+    image_size: Count = pixels(64)  # side of the square that the network sees
+    model_channels: Count = pixels(128)  # base width; level i is channel_mult[i] times as wide
+    num_res_blocks: Blocks = pixels(2)  # per level
+    num_heads: Count = pixels(4)
+    num_heads_upsample: CountOrDefault = pixels(-1)  # in the output half; -1 = num_heads
+    num_head_channels: CountOrDefault = pixels(-1)  # if given, num_heads does not count
+    attention_resolutions: Sizes = pixels((16, 8))  # image sides, not rates
+    channel_mult: Multiples = pixels(())  # where a file has none, the loader takes it by image size
+    dropout: Share = pixels(0.0)
+    class_cond: Flag = pixels(False)  # 1000 classes
+    use_checkpoint: Flag = pixels(False)  # gradients take less memory and more time
+    use_scale_shift_norm: Flag = pixels(True)
+    resblock_updown: Flag = pixels(False)
+    use_fp16: Flag = aside(False)
+    use_new_attention_order: Flag = pixels(False)
+    learn_sigma: Flag = pixels(False)  # twice the output channels; the second half is v
+
+    @property
+    def params(self) -> UNetParams:
+        """Raises ShapeError."""
+        out_channels = 6 if self.learn_sigma else 3
+        num_classes = NUM_CLASSES if self.class_cond else None
+        return _params(UNetParams, self, out_channels=out_channels, num_classes=num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """The diffusion process, and what the network predicts of it."""
 
-    diffusion_steps: Count = 1000
-    noise_schedule: Literal["linear", "cosine"] = "linear"
-    timestep_respacing: Respacing = ""  # left out beside a schedule, the loader takes its t_T
-    predict_xstart: Flag = False  # the network predicts x_0 instead of epsilon
-    rescale_timesteps: Flag = False  # the network sees t * 1000 / diffusion_steps
-    rescale_learned_sigmas: Flag = False  # no effect: training always weighs by N / 1000
-    use_kl: Flag = False  # training only: the variational bound alone
+    diffusion_steps: Count = pixels(1000)
+    noise_schedule: Literal["linear", "cosine"] = pixels("linear")
+    timestep_respacing: Respacing = pixels("")  # left out beside a schedule: its t_T
+    predict_xstart: Flag = pixels(False)  # the network predicts x_0 instead of epsilon
+    rescale_timesteps: Flag = pixels(False)  # the network sees t * 1000 / diffusion_steps
+    rescale_learned_sigmas: Flag = pixels(False)  # no effect: training always weighs by N / 1000
+    use_kl: Flag = pixels(False)  # training only: the variational bound alone
+
+    @property
+    def kept_steps(self) -> int:
+        """Steps of the base process that the respacing keeps, if there is room for them."""
+        counts = [int(count) for count in re.findall("[0-9]+", self.timestep_respacing)]
+        return sum(counts) if counts else self.diffusion_steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
     """The classifier of noisy images that guides the sampling."""
 
-    scale: NotNegative = 0.0  # strength of the guidance; 0 = off
-    path: FilePath | None = None
-    use_fp16: Flag = False
-    width: Count = 128
-    depth: Count = 2  # res blocks per level
-    attention_resolutions: Sizes = (32, 16, 8)
-    use_scale_shift_norm: Flag = True
-    resblock_updown: Flag = True
-    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
+    scale: NotNegative = pixels(0.0)  # strength of the guidance; 0 = off
+    path: FilePath | None = pixels(None)
+    use_fp16: Flag = pixels(False)
+    width: Count = pixels(128)
+    depth: Count = pixels(2)  # res blocks per level
+    attention_resolutions: Sizes = pixels((32, 16, 8))
+    use_scale_shift_norm: Flag = pixels(True)
+    resblock_updown: Flag = pixels(True)
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = pixels("attention")
+
+    def params(self, image_size: int) -> ClassifierParams:
+        """Raises ShapeError."""
+        return _params(ClassifierParams, self, image_size=image_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """The times that the sampler visits: how far it jumps back, and how often."""
 
-    t_T: Count  # number of steps
-    n_sample: Count
-    jump_length: Count
-    jump_n_sample: Count
-    jump2_length: Count = 1
-    jump2_n_sample: Count = 1
-    jump3_length: Count = 1
-    jump3_n_sample: Count = 1
-    start_resampling: CountOrZero = 100_000_000  # no jumps to later times than this
+    t_T: Count = pixels()  # number of steps
+    n_sample: Count = pixels()
+    jump_length: Count = pixels()
+    jump_n_sample: Count = pixels()
+    jump2_length: Count = pixels(1)
+    jump2_n_sample: Count = pixels(1)
+    jump3_length: Count = pixels(1)
+    jump3_n_sample: Count = pixels(1)
+    start_resampling: CountOrZero = pixels(100_000_000)  # no jumps to later times than this
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartConfig:
     """A complete picture to begin with, in place of pure noise."""
 
-    path: FilePath | None = None  # folder of pictures, or one for all; None = the images themselves
-    t: CountOrZero  # noised to this time of the schedule, which is walked from there on
+    path: FilePath | None = aside(None)  # folder, or one for all; None = the images themselves
+    t: CountOrZero = pixels()  # noised to this time of the schedule, which is walked from there on
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentUNetConfig:
     """The denoiser of latents (U-Net). The defaults are those of the published model."""
 
-    image_size: Count = 64  # nominal side of a latent; any other one works as well
-    in_channels: Count = 7  # the noisy latent, the masked picture's latent and the hole
-    out_channels: Count = 3  # of a latent
-    model_channels: Count = 256  # base width; level i is channel_mult[i] times as wide
-    attention_resolutions: Sizes = (8, 4, 2)  # downsampling rates, not sides
-    num_res_blocks: Blocks = 2  # per level
-    channel_mult: WholeMultiples = (1, 2, 3, 4)
-    num_heads: Count = 8
-    resblock_updown: Flag = True
+    image_size: Count = pixels(64)  # nominal side of a latent; any other one works as well
+    in_channels: Count = pixels(7)  # the noisy latent, the masked picture's latent and the hole
+    out_channels: Count = pixels(3)  # of a latent
+    model_channels: Count = pixels(256)  # base width; level i is channel_mult[i] times as wide
+    attention_resolutions: Sizes = pixels((8, 4, 2))  # downsampling rates, not sides
+    num_res_blocks: Blocks = pixels(2)  # per level
+    channel_mult: WholeMultiples = pixels((1, 2, 3, 4))
+    num_heads: Count = pixels(8)
+    resblock_updown: Flag = pixels(True)
+
+    def params(self, side: int) -> UNetParams:
+        """side: of the latents that it is made for. Raises ShapeError."""
+        sides = tuple(side // rate for rate in self.attention_resolutions)
+        return _params(
+            UNetParams,
+            self,
+            image_size=side,
+            attention_resolutions=sides,
+            use_scale_shift_norm=False,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """From pictures to latents and back (VQ). The defaults are those of the published model."""
 
-    attn_type: OnlyNone = "none"
-    double_z: OnlyFalse = False
-    z_channels: Count = 3  # between encoder and quant_conv
-    resolution: Count = 256  # no effect: any size works
-    in_channels: Colours = 3
-    out_ch: Colours = 3
-    ch: Count = 128  # base width; level i is ch_mult[i] times as wide
-    ch_mult: WholeMultiples = (1, 2, 4)  # each level but the last halves the sides
-    num_res_blocks: Blocks = 2  # per level
-    attn_resolutions: OnlyEmpty = ()
-    dropout: Share = 0.0  # no effect: it is for training
-    n_embed: Count = 8192  # codes in the codebook
-    embed_dim: Count = 3  # channels of a latent, and of a code
+    attn_type: OnlyNone = pixels("none")
+    double_z: OnlyFalse = pixels(False)
+    z_channels: Count = pixels(3)  # between encoder and quant_conv
+    resolution: Count = aside(256)  # no effect: any size works
+    in_channels: Colours = pixels(3)
+    out_ch: Colours = pixels(3)
+    ch: Count = pixels(128)  # base width; level i is ch_mult[i] times as wide
+    ch_mult: WholeMultiples = pixels((1, 2, 4))  # each level but the last halves the sides
+    num_res_blocks: Blocks = pixels(2)  # per level
+    attn_resolutions: OnlyEmpty = pixels(())
+    dropout: Share = aside(0.0)  # no effect: it is for training
+    n_embed: Count = pixels(8192)  # codes in the codebook
+    embed_dim: Count = pixels(3)  # channels of a latent, and of a code
+
+    @property
+    def params(self) -> AutoencoderParams:
+        """Raises ShapeError."""
+        return _params(AutoencoderParams, self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
     """Latent diffusion: the steps of its sampler, and its two networks."""
 
-    image_size: Side | None = None  # of the square; None = pictures as they are
-    ddim_steps: DDIMSteps = 50
+    image_size: Side | None = pixels(None)  # of the square; None = pictures as they are
+    ddim_steps: DDIMSteps = pixels(50)
     unet: LatentUNetConfig = LatentUNetConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
 
     @property
     def factor(self) -> int:
         """Side of a picture / side of its latent."""
-        return 2 ** (len(self.autoencoder.ch_mult) - 1)
+        return self.autoencoder.params.factor
 
     @property
     def multiple(self) -> int:
@@ -181,36 +236,41 @@ class LatentConfig:
         side = self.image_size or self.factor * self.unet.image_size
         return side + -side % self.multiple
 
+    @property
+    def unet_params(self) -> UNetParams:
+        """The denoiser's shape, for latents of the nominal size."""
+        return self.unet.params(self.nominal_size // self.factor)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """Where images and masks come from, and where results go."""
 
     name: str  # what stands for the `*` in the file
-    gt_path: FilePath  # folder of images, or one image
-    mask_path: FilePath  # folder of masks, or one mask for all images
-    mask_convention: Literal["keep", "fill"] = "keep"  # what white (255) in a mask means
-    fit: Literal["crop", "region"] = "crop"  # the centre square, or all holes of a whole photo
-    batch_size: BatchSize = 1  # auto: as many as fit in the GPU's memory
-    offset: CountOrZero = 0  # drop the first pairs
-    max_len: Count | None = None  # keep at most so many pairs
-    deterministic: Flag = True  # false = work in shuffled order
-    random_flip: Flag = False  # image and mask together
-    drop_last: Flag = False  # leave out an incomplete last batch
-    inpainted_dir: FilePath
-    gt_masked_dir: FilePath
-    gt_dir: FilePath | None = None  # None = not written
-    keep_mask_dir: FilePath
+    gt_path: FilePath = aside()  # folder of images, or one image
+    mask_path: FilePath = aside()  # folder of masks, or one mask for all images
+    mask_convention: Literal["keep", "fill"] = pixels("keep")  # what white (255) in a mask means
+    fit: Literal["crop", "region"] = pixels("crop")  # the centre square, or all holes
+    batch_size: BatchSize = aside(1)  # auto: as many as fit in the GPU's memory
+    offset: CountOrZero = aside(0)  # drop the first pairs
+    max_len: Count | None = aside(None)  # keep at most so many pairs
+    deterministic: Flag = aside(True)  # false = work in shuffled order
+    random_flip: Flag = aside(False)  # image and mask together
+    drop_last: Flag = aside(False)  # leave out an incomplete last batch
+    inpainted_dir: FilePath = aside()
+    gt_masked_dir: FilePath = aside()
+    gt_dir: FilePath | None = aside(None)  # None = not written
+    keep_mask_dir: FilePath = aside()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
     """How the network is computed. What is None is chosen, see `accel`."""
 
-    fast: Flag = False  # the fastest safe way that this machine offers
-    precision: Text | None = None  # of the network's body: fp32, bf16, fp16 or tf32
-    compile: Flag | None = None  # torch.compile
-    cuda_graph: Flag | None = None  # one evaluation captured and replayed
+    fast: Flag = aside(False)  # the fastest safe way that this machine offers
+    precision: Text | None = aside(None)  # of the network's body: fp32, bf16, fp16 or tf32
+    compile: Flag | None = aside(None)  # torch.compile
+    cuda_graph: Flag | None = aside(None)  # one evaluation captured and replayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,29 +278,29 @@ class Config:
     """One inpainting run."""
 
     source: str = field(compare=False)  # the YAML file
-    name: Text  # left out: the file's own
-    model_path: FilePath  # or URL: the state dict of the denoiser; with latent, of all networks
-    method: Literal["pixel", "latent"] = "pixel"
+    name: Text = aside()  # left out: the file's own
+    model_path: FilePath = pixels()  # or URL: of the denoiser; with latent, of all networks
+    method: Literal["pixel", "latent"] = pixels("pixel")
     latent: LatentConfig | None = None  # None = method pixel
     network: NetworkConfig | None  # None = method latent
     diffusion: DiffusionConfig | None  # None = method latent
-    clip_denoised: Flag = True  # clamp the predicted x_0 to [-1, 1]
-    use_ddim: Flag = False  # DDIM's steps down instead of the ancestral ones
-    ddim_eta: NotNegative = 0.0  # their noise: 0 = none, 1 = the posterior's
+    clip_denoised: Flag = pixels(True)  # clamp the predicted x_0 to [-1, 1]
+    use_ddim: Flag = pixels(False)  # DDIM's steps down instead of the ancestral ones
+    ddim_eta: NotNegative = pixels(0.0)  # their noise: 0 = none, 1 = the posterior's
     schedule: ScheduleConfig | None  # None = plain ancestral sampling
     start_from: StartConfig | None = None  # None = pure noise
-    inpa_inj_sched_prev: Flag = True  # merge the known region
-    inpa_inj_time_shift: Shift = 1  # going up from t takes beta[t + shift]
+    merge_known: Flag = pixels(True)  # merge the known region
+    time_shift: Shift = pixels(1)  # going up from t takes beta[t + shift]
     classifier: ClassifierConfig | None  # None = no guidance
-    cond_y: Label | None = None  # None = a random class per image
-    show_progress: Flag = True
-    device: Device | None = None  # None = cuda if there is one, else cpu
+    cond_y: Label | None = pixels(None)  # None = a random class per image
+    show_progress: Flag = aside(True)
+    device: Device | None = aside(None)  # None = cuda if there is one, else cpu
     speed: SpeedConfig = SpeedConfig()
-    seed: Seed | None = None  # None = drawn afresh
-    paste_known: Flag = False  # write the known pixels exactly
-    samples_per_image: Samples = 1  # if several: x_0.png, x_1.png, ...
-    checkpoint_every: NotNegative = 300  # seconds after which a picture's state is saved
-    log_every: CountOrZero = 0  # transitions after which the process is shown; 0 = never
+    seed: Seed | None = aside(None)  # None = drawn afresh
+    paste_known: Flag = pixels(False)  # write the known pixels exactly
+    samples_per_image: Samples = aside(1)  # if several: x_0.png, x_1.png, ...
+    checkpoint_every: NotNegative = aside(300)  # seconds after which a picture's state is saved
+    log_every: CountOrZero = aside(0)  # transitions after which the process is shown; 0 = never
     dataset: DatasetConfig | None
 
     @property

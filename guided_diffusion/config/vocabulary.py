@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from guided_diffusion.config import schema
 from guided_diffusion.config.kinds import ANYTHING, Kind, matching, null_or, only_false, whole
 
-# Where keys are in a file: prefixes (`*` stands for the dataset's name), and four older names.
+# Where keys are in a file: prefixes (`*` stands for the dataset's name), and older names.
 _PREFIXES = {
     schema.ClassifierConfig: "classifier_",
     schema.ScheduleConfig: "schedule_jump_params.",
@@ -22,10 +22,17 @@ _PREFIXES = {
     schema.DatasetConfig: "data.eval.*.",
 }
 _YAML_NAMES = {
-    "inpainted_dir": "paths.srs",
-    "gt_masked_dir": "paths.lrs",
-    "gt_dir": "paths.gts",
-    "keep_mask_dir": "paths.gt_keep_masks",
+    schema.Config: {
+        "merge_known": "inpa_inj_sched_prev",
+        "time_shift": "inpa_inj_time_shift",
+    },
+    schema.NetworkConfig: {"model_channels": "num_channels"},
+    schema.DatasetConfig: {
+        "inpainted_dir": "paths.srs",
+        "gt_masked_dir": "paths.lrs",
+        "gt_dir": "paths.gts",
+        "keep_mask_dir": "paths.gt_keep_masks",
+    },
 }
 
 # Found in users' files, of no effect.
@@ -72,7 +79,7 @@ def kinds_of(cls: type) -> dict[str, Kind]:
 
 def key_of(cls: type, name: str) -> str:
     """The dotted path in YAML of a dataclass's field."""
-    return _PREFIXES.get(cls, "") + _YAML_NAMES.get(name, name)
+    return _PREFIXES.get(cls, "") + _YAML_NAMES.get(cls, {}).get(name, name)
 
 
 def _vocabulary(*classes: type) -> dict[str, Kind]:

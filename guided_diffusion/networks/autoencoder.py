@@ -6,12 +6,12 @@ names are those of the published checkpoint, below `first_stage_model.`; shapes 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from guided_diffusion.networks.layers import GroupNorm32
+from guided_diffusion.networks.params import AutoencoderParams
 from guided_diffusion.networks.strips import Picture, Strips, Whole
 
 # Pixels of the largest picture that is not computed in strips. Of 1024×1024 strips take less than
@@ -19,37 +19,6 @@ from guided_diffusion.networks.strips import Picture, Strips, Whole
 LARGEST_WHOLE = 2**18
 EPS = 1e-6
 PLACES = 256  # of a latent, whose distances to all codes are computed at a time
-
-
-@dataclass(frozen=True)
-class AutoencoderParams:
-    """Shape of an autoencoder. Raises ValueError, with both values, for what cannot be built."""
-
-    ch: int = 128  # the width that ch_mult multiplies, and that the encoder begins with
-    ch_mult: tuple[float, ...] = (1, 2, 4)  # width of each level / ch, from the finest
-    num_res_blocks: int = 2  # per level; the decoder has one more
-    z_channels: int = 3  # what the encoder puts out and the decoder takes
-    embed_dim: int = 3  # channels of a latent
-    n_embed: int = 8192  # number of codes
-    in_channels: int = 3
-    out_ch: int = 3
-
-    def __post_init__(self) -> None:
-        if self.num_res_blocks < 1:
-            raise ValueError(f"num_res_blocks is {self.num_res_blocks}, and at least 1 is needed")
-        for width in (self.ch, *self.widths):
-            if width % 32 or width == 0:
-                raise ValueError(f"a level has {width} channels, which is no multiple of 32")
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of each level, from the finest."""
-        return [int(mult * self.ch) for mult in self.ch_mult]
-
-    @property
-    def factor(self) -> int:
-        """Side of a picture / side of its latent."""
-        return 2 ** (len(self.ch_mult) - 1)
 
 
 class Autoencoder(nn.Module):

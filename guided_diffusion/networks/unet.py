@@ -4,7 +4,6 @@ Attribute names are those of the published checkpoints; shapes are (B, C, H, W).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,62 +18,7 @@ from guided_diffusion.networks.layers import (
     upsample,
     zeroed,
 )
-
-NUM_CLASSES = 1000  # of ImageNet: the only labels that published checkpoints know
-
-
-@dataclass(frozen=True)
-class UNetParams:
-    """Shape of a denoiser. Raises ValueError, with both values, for what cannot be built."""
-
-    image_size: int  # side of the square in pixels; decides where attention runs
-    model_channels: int  # c: the width that channel_mult multiplies
-    channel_mult: tuple[float, ...]  # width of each level / c, from the finest
-    num_res_blocks: int  # per level
-    attention_resolutions: tuple[int, ...]  # image sides at which attention runs
-    out_channels: int = 3  # 3: the prediction alone; 6: and its variance
-    in_channels: int = 3
-    num_heads: int = 4
-    num_heads_upsample: int = -1  # -1: as num_heads
-    num_head_channels: int = -1  # -1: num_heads counts; else width / this many heads
-    num_classes: int | None = None  # None: unconditional
-    dropout: float = 0.0
-    use_scale_shift_norm: bool = True
-    resblock_updown: bool = False  # residual blocks resample, instead of a plain conv
-    use_new_attention_order: bool = False  # q, k, v first, heads inside
-    use_checkpoint: bool = False  # recompute activations in the backward pass: less memory
-
-    def __post_init__(self) -> None:
-        factor = 2 ** (len(self.channel_mult) - 1)
-        if self.image_size % factor:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of {factor}, "
-                f"which {len(self.channel_mult)} levels need"
-            )
-        for width in self.widths:
-            if width % 32 or width == 0:
-                raise ValueError(f"a level has {width} channels, which is no multiple of 32")
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of each level, from the finest."""
-        return [int(mult * self.model_channels) for mult in self.channel_mult]
-
-    @property
-    def emb_channels(self) -> int:
-        return 4 * self.model_channels
-
-    def attends(self, rate: int) -> bool:
-        """Whether attention runs where an image's side is 1/rate of the full one."""
-        return rate in [self.image_size // side for side in self.attention_resolutions]
-
-
-@dataclass(frozen=True)
-class ClassifierParams:
-    """Shape of a noisy-image classifier: an encoder and a pool."""
-
-    encoder: UNetParams
-    pool: str = "attention"  # attention | adaptive | spatial | spatial_v2
+from guided_diffusion.networks.params import NUM_CLASSES, ClassifierParams, UNetParams
 
 
 class ResBlock(nn.Module):
@@ -124,9 +68,6 @@ class AttentionBlock(nn.Module):
     def __init__(self, p: UNetParams, channels: int, num_heads: int):
         super().__init__()
         per_head = p.num_head_channels
-        if channels % (num_heads if per_head == -1 else per_head):
-            heads = f"{num_heads} equal heads" if per_head == -1 else f"heads of {per_head}"
-            raise ValueError(f"{channels} channels cannot be split into {heads}")
         self.num_heads = num_heads if per_head == -1 else channels // per_head
         self.heads_first = not p.use_new_attention_order
         self.norm = GroupNorm32(channels)
@@ -270,12 +211,12 @@ class Classifier(TimedNetwork):
     """Class logits of a noisy image: the encoder half of a U-Net and a pool."""
 
     def __init__(self, p: ClassifierParams):
-        super().__init__(p.encoder)
+        encoder = p.encoder
+        super().__init__(encoder)
         self.pool = p.pool
-        width = p.encoder.widths[-1]
-        side = p.encoder.image_size // 2 ** (len(p.encoder.channel_mult) - 1)
+        side = encoder.image_size // 2 ** (len(encoder.channel_mult) - 1)
         block_widths = [_out_width(block) for block in self.blocks()]
-        self.out = _POOLS[p.pool](p.encoder, width, side, sum(block_widths))
+        self.out = _POOLS[p.pool](encoder, encoder.widths[-1], side, sum(block_widths))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x: (B, 3, H, W). t: (B,) steps of the base process. Returns (B, 1000) logits."""

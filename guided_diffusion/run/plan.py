@@ -22,7 +22,7 @@ from guided_diffusion.images.pairs import Pair, find_pairs, for_each
 from guided_diffusion.images.tensors import flip_decision
 from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import Team
-from guided_diffusion.run.recipe import Identity
+from guided_diffusion.run.recipe import Recipe
 from guided_diffusion.run.records import History, Origin, Records, beside
 from guided_diffusion.scheduler import count_evaluations
 from guided_diffusion.speed.choice import Speed
@@ -222,7 +222,7 @@ def counted(number: int, noun: str) -> str:
 def make_plan(
     config: Config,
     times: Sequence[int],
-    identity: Identity,
+    recipe: Recipe,
     records: Records,
     *,
     overwrite: bool = False,
@@ -235,7 +235,7 @@ def make_plan(
     dataset = config.dataset
     if dataset is None:
         raise UserError(f"{config.source}: data.eval: missing; name one dataset")
-    identity.start_hashing()
+    recipe.start_hashing()
     pairs = find_pairs(
         dataset.gt_path, dataset.mask_path, dataset.offset, dataset.max_len, config.start_path
     )
@@ -248,12 +248,12 @@ def make_plan(
     if not dataset.deterministic:
         random.Random(seed).shuffle(pairs)
     size = dataset.batch_size
-    if size == "auto" and identity.device.type != "cuda":
+    if size == "auto" and recipe.device.type != "cuda":
         size = 1  # elsewhere, larger batches are hardly faster
     tasks = _make_tasks(replace(config, seed=seed), pairs)
     if dataset.drop_last:
         tasks = _whole_batches(tasks, size, config.source)
-    done, redo = _earlier_results(tasks, dataset, history, identity, overwrite)
+    done, redo = _earlier_results(tasks, dataset, history, recipe, overwrite)
     plan = Plan(
         config=replace(config, seed=seed),
         tasks=tasks,
@@ -343,14 +343,14 @@ def _earlier_results(
     tasks: Sequence[Task],
     dataset: DatasetConfig,
     history: History,
-    identity: Identity,
+    recipe: Recipe,
     overwrite: bool,
 ) -> tuple[frozenset[str], dict[str, str]]:
     """Names of the results that count, and of those that are there but do not, with reasons."""
     sizes = existing(dataset.inpainted_dir)
     _warn_of_others(sizes.keys() - {task.name for task in tasks}, dataset.inpainted_dir)
     done, redo = set(), {}
-    differences = cache(lambda digest: history.differences(digest, identity.settings))
+    differences = cache(lambda digest: history.differences(digest, recipe.settings))
     for task in tasks:
         if task.name not in sizes:
             continue
@@ -412,14 +412,14 @@ def share_plan(
     team: Team,
     config: Config,
     times: Sequence[int],
-    identity: Identity,
+    recipe: Recipe,
     records: Records,
     overwrite: bool,
 ) -> Plan:
     """The plan that rank 0 makes, in every process. Raises UserError."""
     return team.share(
         "plan",
-        lambda: make_plan(config, times, identity, records, overwrite=overwrite),
+        lambda: make_plan(config, times, recipe, records, overwrite=overwrite),
         to_json,
         lambda content: from_json(config, content),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cached_property
 from threading import Thread
@@ -11,25 +11,14 @@ from typing import Any
 import torch
 
 from guided_diffusion.checkpoints.loading import fingerprint
-from guided_diffusion.config import Config, DatasetConfig, to_yaml_dict
+from guided_diffusion.config import Config, pixel_settings
 from guided_diffusion.run.records import Settings, digest_of
 from guided_diffusion.speed.choice import Speed
 
 PIXELS = 1  # to be raised when the same inputs and settings come to give other pixels
 
 
-# Keys that change no pixel, or that count in other ways: in origins, or as the speed they come to.
-_NO_SETTINGS = (
-    *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),
-    *("device", "fast", "precision", "compile", "cuda_graph", "use_fp16", "log_every"),
-    *("start_from.path", "latent.autoencoder.resolution", "latent.autoencoder.dropout"),
-)
-
-
-_DATASET_SETTINGS = ("fit", "mask_convention")  # those of `data` that change pixels
-
-
-class Identity:
+class Recipe:
     """What all results of a run follow from, besides each one's `Origin`."""
 
     def __init__(self, config: Config, device: torch.device, speed: Speed):
@@ -59,13 +48,9 @@ class Identity:
 
         Without those at their defaults, so that a key that comes to be known changes nothing.
         """
-        tree = to_yaml_dict(self.config, defaults=False)
-        settings = {k: v for k, v in _flat(tree) if not {k, k.split(".")[0]} & {*_NO_SETTINGS}}
-        dataset = {key: getattr(self.config.dataset, key) for key in _DATASET_SETTINGS}
-        settings |= {k: v for k, v in dataset.items() if v != getattr(DatasetConfig, k)}
         digests = {key: checkpoint["sha256"] for key, checkpoint in self.checkpoints.items()}
         return {
-            **settings,
+            **pixel_settings(self.config),
             **digests,
             "device": self.device.type,  # each kind has random numbers of its own
             "precision": self.speed.precision,
@@ -78,14 +63,6 @@ class Identity:
     def digest(self) -> str:
         """A name for the settings. Raises UserError."""
         return digest_of(self.settings)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _in_background(function: Callable[[str], Any], argument: str) -> Future:

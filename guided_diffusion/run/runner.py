@@ -24,7 +24,7 @@ from guided_diffusion.output.film import ProcessLog
 from guided_diffusion.output.report import Row, write_report
 from guided_diffusion.run.plan import Plan, Task, companion_folders, counted, existing, region_name
 from guided_diffusion.run.progress import ProgressReport
-from guided_diffusion.run.recipe import Identity
+from guided_diffusion.run.recipe import Recipe
 from guided_diffusion.run.records import Records, writing
 from guided_diffusion.run.worker import Worker, load, write, write_companions
 from guided_diffusion.speed.choice import Speed
@@ -33,7 +33,7 @@ from guided_diffusion.speed.choice import Speed
 def run(
     plan: Plan,
     load_inpainter: Callable[[Config], Inpainter],
-    identity: Identity,
+    recipe: Recipe,
     records: Records,
     team: Team,
 ) -> None:
@@ -44,14 +44,14 @@ def run(
     """
     if not plan.is_done(plan.tasks):
         inpainter = load_inpainter(plan.config)
-        prepare = partial(_prepare, plan, inpainter, identity, records)
+        prepare = partial(_prepare, plan, inpainter, recipe, records)
         plan = replace(plan, **team.share("settled plan", prepare))
         if team.is_first:
-            team.world.say(plan.describe(identity.device, identity.speed))
-        size = _do_batches(plan, inpainter, identity.speed, records, team)
+            team.world.say(plan.describe(recipe.device, recipe.speed))
+        size = _do_batches(plan, inpainter, recipe.speed, records, team)
         plan = replace(plan, batch_size=size)
     if team.is_first:
-        _finish(plan, identity, records)
+        _finish(plan, recipe, records)
         team.world.say(plan.describe_results())
     team.leave()
 
@@ -59,9 +59,7 @@ def run(
 # ---- Before the first batch -------------------------------------------------------------------
 
 
-def _prepare(
-    plan: Plan, inpainter: Inpainter, identity: Identity, records: Records
-) -> dict[str, Any]:
+def _prepare(plan: Plan, inpainter: Inpainter, recipe: Recipe, records: Records) -> dict[str, Any]:
     """What rank 0 does once all is checked and the network is loaded; the first to write anything.
 
     Returns fields of the plan that are settled only now. Raises UserError.
@@ -72,14 +70,14 @@ def _prepare(
             f"another run has just written to {plan.dataset.inpainted_dir}; run the same command "
             "again to go on from there"
         )
-    plan = replace(plan, batch_size=_batch_size(plan, inpainter), digest=identity.digest)
+    plan = replace(plan, batch_size=_batch_size(plan, inpainter), digest=recipe.digest)
     with writing(records.path):
-        records.begin(plan.run, plan.config.seed, identity.settings)
+        records.begin(plan.run, plan.config.seed, recipe.settings)
         records.set_aside(plan.run, plan.redo)
     _set_aside(plan)
     with writing(plan.report_path):
         storage.remove(plan.report_path)  # until it can show all
-    _write_run_json(plan, identity)
+    _write_run_json(plan, recipe)
     return {"batch_size": plan.batch_size, "digest": plan.digest}
 
 
@@ -166,7 +164,7 @@ def _process_log(plan: Plan, inpainter: Inpainter | None = None) -> ProcessLog:
 # ---- After the last batch ---------------------------------------------------------------------
 
 
-def _finish(plan: Plan, identity: Identity, records: Records) -> None:
+def _finish(plan: Plan, recipe: Recipe, records: Records) -> None:
     """What rank 0 does when all is done: look whether all is there, and say so in run.json.
 
     Raises UserError if something else has removed results meanwhile.
@@ -177,7 +175,7 @@ def _finish(plan: Plan, identity: Identity, records: Records) -> None:
     missing = [
         name
         for name, result in results.items()
-        if not (result and result.digest == identity.digest and result.bytes == sizes.get(name))
+        if not (result and result.digest == recipe.digest and result.bytes == sizes.get(name))
     ]
     if missing:
         raise UserError(
@@ -186,9 +184,9 @@ def _finish(plan: Plan, identity: Identity, records: Records) -> None:
             f"{records.folder} meanwhile; run the same command again to make what is missing"
         )
     seconds = {name: result.seconds for name, result in results.items()}
-    _write_run_json(plan, identity, seconds)
+    _write_run_json(plan, recipe, seconds)
     if not _exists(plan.report_path):
-        _write_report(plan, identity, seconds)
+        _write_report(plan, recipe, seconds)
     with writing(records.folder):
         records.forget_states()
 
@@ -205,28 +203,26 @@ def _restore_companions(plan: Plan) -> None:
 # ---- Files ------------------------------------------------------------------------------------
 
 
-def _write_run_json(
-    plan: Plan, identity: Identity, seconds: dict[str, float] | None = None
-) -> None:
+def _write_run_json(plan: Plan, recipe: Recipe, seconds: dict[str, float] | None = None) -> None:
     """What was run, on what, and how long it took. seconds: of each result; None: not finished."""
     content = {
         "finished": seconds is not None,
         "config": to_yaml_dict(plan.config),
         "seed": plan.config.seed,
-        "device": str(identity.device),
-        "speed": asdict(identity.speed),
+        "device": str(recipe.device),
+        "speed": asdict(recipe.speed),
         "batch_size": plan.batch_size,
         "versions": _versions(),
         "images": plan.images,
         "evaluations_per_image": plan.evaluations,
         "evaluations": plan.total_evaluations,
         "seconds_per_image": seconds or {},
-        "checkpoints": list(identity.checkpoints.values()),
+        "checkpoints": list(recipe.checkpoints.values()),
     }
     write(plan.record_path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
-def _write_report(plan: Plan, identity: Identity, seconds: dict[str, float]) -> None:
+def _write_report(plan: Plan, recipe: Recipe, seconds: dict[str, float]) -> None:
     """A page to look at the results. seconds: of each."""
     d, config = plan.dataset, plan.config
     facts = {
@@ -235,7 +231,7 @@ def _write_report(plan: Plan, identity: Identity, seconds: dict[str, float]) -> 
         f"Evaluations per {plan.input_noun}": f"{plan.evaluations:,}",
         **({"Starts from": plan.start} if plan.start else {}),
         "Seed": f"{config.seed}",
-        "Computed on": f"{identity.device}, {identity.speed.describe()}",
+        "Computed on": f"{recipe.device}, {recipe.speed.describe()}",
     }
     samples: dict[str, list[Task]] = {}  # of each image, by its name, in the order of names
     for task in sorted(plan.tasks, key=lambda task: task.pair.index):

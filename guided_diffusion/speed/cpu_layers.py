@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from guided_diffusion.checkpoints.loading import (
-    place_copies,
-)
+from guided_diffusion.checkpoints.loading import place_copies
 from guided_diffusion.networks.layers import GroupNorm32
 from guided_diffusion.networks.unet import Downsample, TimedNetwork, picture_scale
 from guided_diffusion.speed.choice import has_matrix_units
@@ -71,7 +69,7 @@ class FusedGroupNorm(nn.Module):
 
 
 class CpuPlacement:
-    """Places a checkpoint's weights into layers for a CPU, see `checkpoint.load_weights`."""
+    """Places a checkpoint's weights into layers for a CPU, see `load_weights`."""
 
     def __init__(self, network: nn.Module, sides: dict[nn.Conv2d, int]):
         """sides: of the pictures that each convolution sees."""

@@ -6,14 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from guided_diffusion.checkpoints.loading import (
-    LATENT_AUTOENCODER,
-    Part,
-    enough_memory,
-    load_weights,
-)
+from guided_diffusion.checkpoints.loading import Checkpoint, enough_memory, load_weights
 from guided_diffusion.networks.autoencoder import Autoencoder
-from guided_diffusion.networks.unet import TimedNetwork
 from guided_diffusion.speed.choice import Speed
 from guided_diffusion.speed.cpu_layers import (
     CpuPlacement,
@@ -29,62 +23,58 @@ Function = Callable[..., torch.Tensor]
 
 
 def load_network(
-    network: TimedNetwork,
-    path: str,
-    speed: Speed,
-    device: torch.device,
-    gradients: bool = False,
-    part: Part | None = None,
+    checkpoint: Checkpoint, speed: Speed, device: torch.device, gradients: bool = False
 ) -> Function:
-    """A network on the meta device, filled from a checkpoint and ready to be evaluated fast.
+    """A U-Net or a classifier, filled from its checkpoint and ready to be evaluated fast.
 
-    gradients: of its output with respect to x will be asked for. part: of the checkpoint, None:
-    all. Raises UserError, as `checkpoint.load_weights`.
+    gradients: of its output with respect to x will be asked for. Raises UserError, as
+    `load_weights`.
     """
+    network = checkpoint.blank.network
     # Neither a compiler nor the backward pass can look into our own layers.
     plain = gradients or speed.compile
-    if device.type == "cpu" and part is None:  # latents come in all sizes: pieces would add up
+    # Latents come in all sizes: pieces would add up.
+    if device.type == "cpu" and checkpoint.blank.part is None:
         keep_freed_memory()
-    _fill(network, path, speed, device, convolution_sides(network), part, plain=plain)
+    _fill(checkpoint, speed, device, convolution_sides(network), plain=plain)
     function = compiled(network) if speed.compile else network
     return CudaGraph(function) if speed.cuda_graph and not gradients else function
 
 
 def load_autoencoder(
-    autoencoder: Autoencoder, path: str, speed: Speed, device: torch.device, side: int
+    checkpoint: Checkpoint, speed: Speed, device: torch.device, side: int
 ) -> Autoencoder:
-    """The autoencoder, on the meta device, filled from a latent checkpoint; never compiled.
+    """An autoencoder, filled from its checkpoint; never compiled.
 
     It is called twice an image, so that only precision and layers pay. side: of the pictures that
-    it is to be fastest for. Raises UserError, as `checkpoint.load_weights`.
+    it is to be fastest for. Raises UserError, as `load_weights`.
     """
-    sides = autoencoder.convolution_sides(side)
-    _fill(autoencoder, path, speed, device, sides, LATENT_AUTOENCODER)
+    autoencoder = checkpoint.blank.network
+    _fill(checkpoint, speed, device, autoencoder.convolution_sides(side))
     return autoencoder
 
 
 def _fill(
-    network: TimedNetwork | Autoencoder,
-    path: str,
+    checkpoint: Checkpoint,
     speed: Speed,
     device: torch.device,
     sides: dict[nn.Conv2d, int],
-    part: Part | None = None,
     plain: bool = False,
 ) -> None:
     """Load a network's weights to a device, into layers for it. plain: into torch's own."""
+    network = checkpoint.blank.network
     network.eval().convert_blocks(speed.dtype)
     if device.type == "cuda":
         if device.index is not None:
             torch.cuda.set_device(device)  # graphs and events are made on the current one
         torch.backends.cuda.matmul.allow_tf32 = speed.precision == "tf32"
         torch.backends.cudnn.allow_tf32 = speed.precision == "tf32"
-    with enough_memory(path):
+    with enough_memory(checkpoint.blank.path):
         if device.type == "cpu" and has_cpu_layers() and not plain:
-            load_weights(network, path, CpuPlacement(network, sides), part)
+            load_weights(checkpoint, CpuPlacement(network, sides))
             fuse_norms(network)
         else:
-            load_weights(network, path, part=part)
+            load_weights(checkpoint)
         network.to(device).requires_grad_(False)
 
 

@@ -7,13 +7,14 @@ import torch
 
 from guided_diffusion.config import TrainingConfig, UserError, to_yaml_dict
 from guided_diffusion.denoiser import network_denoiser
-from guided_diffusion.factory import build_process, pick_device, unet_params
+from guided_diffusion.factory import pick_device, pixel_process
 from guided_diffusion.images.files import encode_png, picture_grid
 from guided_diffusion.images.tensors import to_bytes
 from guided_diffusion.inpainter import PixelInpainter
 from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import ALONE, World
-from guided_diffusion.networks.unet import NUM_CLASSES, UNet
+from guided_diffusion.networks.params import NUM_CLASSES
+from guided_diffusion.networks.unet import UNet
 from guided_diffusion.scheduler import plain_times
 from guided_diffusion.training.crops import training_images
 from guided_diffusion.training.data import TrainingImages
@@ -37,13 +38,13 @@ def build_trainer(config: TrainingConfig, world: World = ALONE) -> tuple[Trainer
     processes.check_same("config", to_yaml_dict(config))
     processes.check_same("data_dir", images.paths)
     objective = Objective(
-        build_process(config, device),
+        pixel_process(config.diffusion, config.source, device),
         predict_xstart=config.diffusion.predict_xstart,
         use_kl=config.diffusion.use_kl,
         class_cond=config.network.class_cond,
     )
     torch.manual_seed(config.seed)  # the fresh weights
-    network = UNet(unet_params(config.network))
+    network = UNet(config.network.params)
     trainer = Trainer(network, objective, config.training, seed=config.seed, processes=processes)
     return trainer, images
 
@@ -59,9 +60,9 @@ def sample_writer(
     total = config.diffusion.diffusion_steps
     steps = len(range(0, total, max(1, total // PREVIEW_STEPS)))
     preview = replace(config.diffusion, timestep_respacing=f"ddim{steps}")
-    process = build_process(replace(config, diffusion=preview), device)
+    process = pixel_process(preview, config.source, device)
     with torch.device("meta"):
-        network = UNet(unet_params(config.network)).eval()
+        network = UNet(config.network.params).eval()
     inpainter = PixelInpainter(
         network_denoiser(
             network,

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from guided_diffusion.checkpoints.loading import check_weights, load_state_dict
+from guided_diffusion.checkpoints.loading import Blank, check_weights, load_state_dict
 from guided_diffusion.config import TrainingParams, UserError
 from guided_diffusion.machine import storage
 from guided_diffusion.respace import Process
@@ -191,7 +191,7 @@ class Trainer:
         )
         try:
             for path in weights_paths:
-                check_weights(self.network, path)
+                check_weights(Blank(self.network, path))
             optimizer = load_state_dict(optimizer_path)
         except UserError as error:
             raise UserError(

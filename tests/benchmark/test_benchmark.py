@@ -37,7 +37,7 @@ VARIANTS = {
 
 def on_meta(config: Config) -> UNet:
     with torch.device("meta"):
-        return UNet(factory.unet_params(config.network))
+        return UNet(config.network.params)
 
 
 def with_weights(config: Config, folder: Path) -> Config:
@@ -311,9 +311,9 @@ def test_the_ceiling_is_the_best_of_all(tmp_path):
 @torch.no_grad()
 def test_the_plain_way_gives_what_the_fast_way_gives(tmp_path, variant):
     config = with_weights(load(tmp_path, **VARIANTS[variant]), tmp_path)
-    inputs = setup.example(factory.unet_params(config.network), 2, CPU)
+    inputs = setup.example(config.network.params, 2, CPU)
     plain = benchmarking.plain_network(config, CPU)(*inputs)
-    fast = factory.build_network(config, CPU, Speed())(*inputs)
+    fast = factory.load_networks(config, CPU, Speed())["denoiser"](*inputs)
     assert plain.isfinite().all() and plain.std() > 0.1
     torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
 
@@ -337,7 +337,7 @@ def test_the_plain_way_is_fp32_nchw_with_explicit_attention(tmp_path):
         patch.object(F, "conv2d", convolution),
         patch.object(F, "scaled_dot_product_attention", attention),
     ):
-        network(*setup.example(factory.unet_params(config.network), 1, CPU))
+        network(*setup.example(config.network.params, 1, CPU))
     assert len(seen) > 20 and all(seen)
 
 
@@ -370,7 +370,7 @@ def test_each_network_is_measured_on_its_own_layout(tmp_path, temporary):
         patch.object(benchmarking, "time_shares"),
         patch.object(benchmarking, "run_first_evaluation"),
         patch.object(benchmarking, "measure_ceiling"),
-        patch.object(factory, "build_network", lambda config, device, speed: fast),
+        patch.object(factory, "load_networks", lambda *_: {"denoiser": fast}),
         patch.object(benchmarking, "plain_network", lambda config, device: plain),
         patch.object(benchmarking, "_PlainProcess", PlainHere),
         patch.object(benchmarking, "milliseconds", lambda function, device: function()),
@@ -598,9 +598,10 @@ def test_the_plain_ways_of_latent_diffusion_give_what_the_fast_ones_give(tmp_pat
     network = benchmarking.networks_of(config)[LATENT_UNET]
     inputs = setup.example(network.params, 1, CPU)
     plain = benchmarking.plain_network(config, CPU)(*inputs)
-    fast = factory.build_network(config, CPU, Speed())(*inputs)
+    networks = factory.load_networks(config, CPU, Speed())
+    fast = networks["denoiser"](*inputs)
     torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
-    autoencoder = factory.build_autoencoder(config, CPU, Speed())
+    autoencoder = networks["autoencoder"]
     coders = benchmarking.plain_coders(config, CPU), (autoencoder.encode, autoencoder.decode)
     torch.manual_seed(0)
     x, z = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 3, 16, 16)

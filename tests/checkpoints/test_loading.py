@@ -22,10 +22,8 @@ from guided_diffusion.checkpoints.loading import (
     LATENT_AUTOENCODER,
     LATENT_UNET,
     Part,
-    check_weights,
     fingerprint,
     load_state_dict,
-    load_weights,
 )
 from guided_diffusion.checkpoints.mismatch import (
     difference_message,
@@ -43,15 +41,9 @@ from guided_diffusion.config import (
     load_config,
 )
 from guided_diffusion.downloads.table import CHECKPOINTS
-from guided_diffusion.factory import (
-    autoencoder_params,
-    classifier_params,
-    latent_unet_params,
-    unet_params,
-)
 from guided_diffusion.networks.autoencoder import Autoencoder
 from guided_diffusion.networks.unet import Classifier, UNet
-from tests.support.checkpoints import ROOT, TINY, TINY_FILE
+from tests.support.checkpoints import ROOT, TINY, TINY_FILE, checked, loaded
 from tests.support.filled_weights import filled
 
 GUIDE = ClassifierConfig(width=64, depth=1, attention_resolutions=(16, 8))
@@ -60,12 +52,12 @@ GUIDE_IMAGE_SIZE = 64
 
 def denoiser(network: NetworkConfig = TINY) -> UNet:
     with torch.device("meta"):
-        return UNet(unet_params(network))
+        return UNet(network.params)
 
 
 def classifier(config: ClassifierConfig = GUIDE, image_size: int = GUIDE_IMAGE_SIZE) -> Classifier:
     with torch.device("meta"):
-        return Classifier(classifier_params(config, image_size))
+        return Classifier(config.params(image_size))
 
 
 def shapes_of(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -79,13 +71,10 @@ def save_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def refusal(network: torch.nn.Module, path: Path | str, part: Part | None = None) -> str:
-    """The one line with which a checkpoint is refused, both by a check and on loading."""
-    with pytest.raises(UserError) as on_check:
-        check_weights(network, str(path), part)
-    with pytest.raises(UserError) as on_load:
-        load_weights(network, str(path), part=part)
-    message = str(on_check.value)
-    assert message == str(on_load.value)
+    """The one line with which a checkpoint is refused."""
+    with pytest.raises(UserError) as error:
+        checked(network, path, part)
+    message = str(error.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
     return message
 
@@ -99,8 +88,8 @@ def tiny() -> dict[str, torch.Tensor]:
 
 
 def assert_loaded(path: Path, expected: dict[str, torch.Tensor]) -> None:
-    check_weights(denoiser(), str(path))
-    state_dict = load_weights(denoiser(), str(path)).state_dict()
+    checked(denoiser(), path)
+    state_dict = loaded(denoiser(), path).state_dict()
     assert list(state_dict) == list(expected)
     for key, weight in state_dict.items():
         assert weight.dtype == torch.float32 and weight.device.type == "cpu"
@@ -142,7 +131,8 @@ torch.save({"warm": torch.zeros(1)}, sys.argv[1] + ".warm")
 checkpoint.load_state_dict(sys.argv[1] + ".warm")
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
-checkpoint.load_weights(network, sys.argv[1])
+(found,) = checkpoint.check_weights(checkpoint.Blank(network, sys.argv[1]))
+checkpoint.load_weights(found)
 print(peak() - before)
 """
     shapes = {"weight": (512, 512, 4, 4), "bias": (512,)}
@@ -160,7 +150,7 @@ def test_a_checkpoint_in_many_pieces_is_whole(tmp_path, tiny, monkeypatch):
     torch.save(tiny, tmp_path / "zip.pt")
     torch.save(tiny, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("zip.pt", "old.pt"):
-        found = load_weights(denoiser(), str(tmp_path / name)).state_dict()
+        found = loaded(denoiser(), tmp_path / name).state_dict()
         assert all(torch.equal(found[key], tiny[key]) for key in tiny)
 
 
@@ -169,7 +159,7 @@ def test_old_files_which_cannot_be_mapped_are_read_once(tmp_path, tiny, monkeypa
     torch.save(tiny, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     loads, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *args, **kw: loads.append(args) or load(*args, **kw))
-    load_weights(denoiser(), str(tmp_path / "old.pt"))
+    loaded(denoiser(), tmp_path / "old.pt")
     assert len(loads) == 1
 
 
@@ -177,7 +167,7 @@ def test_weights_come_in_channels_last_and_the_file_stays_as_it_was(tmp_path, ti
     path = tmp_path / "layout.pt"
     torch.save(tiny, path)
     before = path.read_bytes()
-    network = load_weights(denoiser(), str(path))
+    network = loaded(denoiser(), path)
     for key, weight in network.state_dict().items():
         assert torch.equal(weight, tiny[key]), key
         assert weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last), key
@@ -188,7 +178,7 @@ def test_weights_that_share_memory_in_the_file_keep_their_values(tmp_path, tiny)
     shared = torch.randn(64, 64, 3, 3)
     keys = [f"middle_block.{i}.{layer}.weight" for i in (0, 2) for layer in ("in_layers.2",)]
     torch.save(tiny | dict.fromkeys(keys, shared), tmp_path / "shared.pt")
-    network = load_weights(denoiser(), str(tmp_path / "shared.pt"))
+    network = loaded(denoiser(), tmp_path / "shared.pt")
     for key in keys:
         assert torch.equal(network.state_dict()[key], shared), key
 
@@ -259,9 +249,8 @@ def test_an_empty_file(tmp_path):
 def test_text_or_a_web_page(tmp_path, content):
     (tmp_path / "page.pt").write_text(content)
     message = refusal(denoiser(), tmp_path / "page.pt")
-    assert (
-        "this is no checkpoint, but a file of another kind, such as text or a web page" in message
-    )
+    problem = "this is no checkpoint, but a file of another kind, such as text or a web page"
+    assert problem in message
 
 
 def test_a_folder(tmp_path):
@@ -303,7 +292,7 @@ def test_a_compressed_file_is_refused(tmp_path):
     """Mapped into memory, its numbers would be others: random ones only move by five bytes."""
     shapes = shapes_of(denoiser())
     torch.save({key: torch.rand(shape) for key, shape in shapes.items()}, tmp_path / "x.pt")
-    check_weights(denoiser(), str(tmp_path / "x.pt"))
+    checked(denoiser(), tmp_path / "x.pt")
     path = compressed(tmp_path / "x.pt")
     expected = (
         f"{path}: its records are compressed; pack them anew without compression: unzip it, "
@@ -503,7 +492,8 @@ DENOISER_CHANGES = [
 
 @pytest.mark.parametrize(("key", "value", "theirs", "ours"), DENOISER_CHANGES)
 def test_the_key_that_differs_is_named_and_no_other(tmp_path, key, value, theirs, ours):
-    other = shapes_of(denoiser(replace(TINY, **{key: value})))
+    field = "model_channels" if key == "num_channels" else key
+    other = shapes_of(denoiser(replace(TINY, **{field: value})))
     message = refusal(denoiser(), save_shapes(tmp_path / "other.pt", other))
     assert (
         f"does not fit the config: {key}: {theirs} in the file, {ours} in the config (" in message
@@ -539,7 +529,7 @@ def test_a_classifier_of_another_image_size(tmp_path):
 
 
 def test_several_keys_that_differ_are_all_named(tmp_path):
-    other = replace(TINY, num_channels=64, num_res_blocks=2, learn_sigma=False)
+    other = replace(TINY, model_channels=64, num_res_blocks=2, learn_sigma=False)
     message = refusal(denoiser(), save_shapes(tmp_path / "other.pt", shapes_of(denoiser(other))))
     for key in ("num_channels: 64", "num_res_blocks: 2", "learn_sigma: false"):
         assert f"{key} in the file" in message
@@ -590,12 +580,12 @@ VQ_TINY = AutoencoderConfig(ch=32, num_res_blocks=1, n_embed=256)
 
 def latent_unet(config: LatentUNetConfig = LATENT_TINY) -> UNet:
     with torch.device("meta"):
-        return UNet(latent_unet_params(LatentConfig(unet=config)))
+        return UNet(LatentConfig(unet=config).unet_params)
 
 
 def autoencoder(config: AutoencoderConfig = VQ_TINY) -> Autoencoder:
     with torch.device("meta"):
-        return Autoencoder(autoencoder_params(config))
+        return Autoencoder(config.params)
 
 
 def latent_shapes(
@@ -635,8 +625,8 @@ def latents() -> dict[str, torch.Tensor]:
 
 def assert_part_loaded(path: Path, part: Part, expected: dict[str, torch.Tensor]) -> None:
     network = latent_unet() if part is LATENT_UNET else autoencoder()
-    check_weights(network, str(path), part)
-    weights = load_weights(network, str(path), part=part).state_dict()
+    checked(network, path, part)
+    weights = loaded(network, path, part).state_dict()
     assert {*weights} == {*expected}
     for key, weight in weights.items():
         assert weight.dtype == torch.float32 and torch.equal(weight, expected[key].float()), key
@@ -686,7 +676,7 @@ def test_of_a_latent_file_only_the_part_is_mapped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lightning, "map_tensors", spy)
     path = save_latent(tmp_path / "x.ckpt", latent_shapes())
-    load_weights(autoencoder(), path, part=LATENT_AUTOENCODER)
+    loaded(autoencoder(), path, LATENT_AUTOENCODER)
     stored = lightning.read_state_dict(path)
     own = {(each.start, each.shape) for each in below("first_stage_model.", stored).values()}
     assert mapped and all(each == own for each in mapped)
@@ -717,13 +707,13 @@ def test_of_several_processes_only_the_first_warns(tmp_path, monkeypatch, rank):
         monkeypatch.setenv(name, str(value))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_weights(latent_unet(), path, LATENT_UNET)
+        checked(latent_unet(), path, LATENT_UNET)
     assert [str(each.message)[: len(path)] for each in caught] == [path] * (rank == 0)
 
 
 def test_a_file_of_the_moving_average_alone_loads(tmp_path):
     shapes = {key: shape for key, shape in latent_shapes().items() if key.startswith("model_ema.")}
-    check_weights(latent_unet(), save_latent(tmp_path / "x.ckpt", shapes), LATENT_UNET)
+    checked(latent_unet(), save_latent(tmp_path / "x.ckpt", shapes), LATENT_UNET)
     path = save_latent(tmp_path / "other.ckpt", {**shapes, "model_ema.diffusion_modelout3": (1,)})
     message = refusal(latent_unet(), path, LATENT_UNET)
     assert "its moving average (model_ema) is of another network (weights: 1 unknown" in message
@@ -745,7 +735,7 @@ def test_the_published_file_is_matched_key_for_key(tmp_path, manifest, unet, vq,
     path = save_latent(tmp_path / "x.ckpt", shapes)
     networks = {LATENT_UNET: latent_unet(unet), LATENT_AUTOENCODER: autoencoder(vq)}
     for (part, network), count in zip(networks.items(), tensors, strict=True):
-        check_weights(network, path, part)
+        checked(network, path, part)
         assert len(network.state_dict()) == count
 
 
@@ -785,8 +775,8 @@ def test_one_weight_of_a_part_that_differs_is_refused(tmp_path, name):
 def test_what_is_not_of_the_part_may_be_anything(tmp_path):
     shapes = latent_shapes() | {"model.diffusion_model.out.2.bias": (99,), "more": (1,)}
     path = save_latent(tmp_path / "x.ckpt", shapes | {"cond_stage_model.x": (7, 7)})
-    check_weights(latent_unet(), path, LATENT_UNET)
-    check_weights(autoencoder(), path, LATENT_AUTOENCODER)
+    checked(latent_unet(), path, LATENT_UNET)
+    checked(autoencoder(), path, LATENT_AUTOENCODER)
     assert not (tmp_path / "x.ran").exists()
 
 

@@ -11,7 +11,6 @@ import yaml
 from PIL import Image
 
 from guided_diffusion.config import load_training_config
-from guided_diffusion.factory import unet_params
 from guided_diffusion.networks.unet import UNet
 
 DATA = Path(__file__).parents[2] / "data"
@@ -114,7 +113,7 @@ def test_a_network_that_predicts_nothing_is_wrong_by_all_of_the_noise(
     (tmp_path / "photos").mkdir()
     Image.fromarray(pixels).save(tmp_path / "photos" / "0.png")
     torch.manual_seed(0)
-    network = UNet(unet_params(load_training_config(str(config)).network))
+    network = UNet(load_training_config(str(config)).network.params)
     for name, bias in (("fresh.pt", 0), ("biased.pt", 0.5)):  # a fresh network's output is zero
         torch.nn.init.constant_(network.out[-1].bias, bias)
         torch.save(network.state_dict(), tmp_path / name)

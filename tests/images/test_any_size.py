@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from guided_diffusion.config import CUT, Config, UserError, load_config, to_yaml_dict
+from guided_diffusion.config import CUT, Config, UserError, load_config
 from guided_diffusion.images import preview
 from guided_diffusion.images.checks import check_pairs
 from guided_diffusion.images.files import load_prepared, prepare, read_size
@@ -521,23 +521,9 @@ def test_a_setting_of_latent_diffusion_does_all_again(tmp_path, change):
 
 def test_another_method_does_all_again(tmp_path):
     case, pixels = TwoSizes(tmp_path), Case(tmp_path)
-    latent, others = (each.identity.settings for each in (case, pixels))
+    latent, others = (each.recipe.settings for each in (case, pixels))
     assert latent["method"] == "latent" and "method" not in others
     assert not any(key.split(".")[0] in ("latent", "ddim_steps") for key in others)
-
-
-def test_every_key_of_latent_diffusion_is_known_to_change_pixels_or_not(tmp_path, monkeypatch):
-    case = TwoSizes(tmp_path)
-    keys = set(to_yaml_dict(case.config()))
-    monkeypatch.setattr(
-        "guided_diffusion.run.recipe.to_yaml_dict", lambda config, defaults: to_yaml_dict(config)
-    )
-    counted = {key.split(".")[0] for key in case.identity.settings}
-    assert {"method", "image_size", "ddim_steps", "ddim_eta", "latent"} <= counted
-    assert keys - counted == {
-        *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),
-        *("log_every", "fast"),
-    }
 
 
 def test_batch_size_and_order_change_no_result(tmp_path):

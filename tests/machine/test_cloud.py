@@ -23,11 +23,10 @@ from blobfile import _common
 
 from guided_diffusion.checkpoints import loading
 from guided_diffusion.config import UserError
-from guided_diffusion.factory import unet_params
 from guided_diffusion.images.pairs import find_pairs
 from guided_diffusion.machine import storage
 from guided_diffusion.networks.unet import UNet
-from tests.support.checkpoints import TINY, TINY_FILE
+from tests.support.checkpoints import TINY, TINY_FILE, checked, loaded
 from tests.support.cloud_emulation import Answer, Cloud, Request, Silence
 
 ROOT = Path(__file__).parents[2]
@@ -276,7 +275,7 @@ def downloads(cloud: Cloud) -> int:
 
 def denoiser() -> UNet:
     with torch.device("meta"):
-        return UNet(unet_params(TINY))
+        return UNet(TINY.params)
 
 
 def test_a_remote_checkpoint_is_downloaded_once_and_loaded_like_a_file(cloud, store):
@@ -287,8 +286,8 @@ def test_a_remote_checkpoint_is_downloaded_once_and_loaded_like_a_file(cloud, st
     for times in (1, 2):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            loading.check_weights(denoiser(), path)
-            weights = loading.load_weights(denoiser(), path).state_dict()
+            checked(denoiser(), path)
+            weights = loaded(denoiser(), path).state_dict()
         assert all(torch.equal(weights[key], expected[key].float()) for key in expected)
         local = Path(loading.local_path(path))
         assert local.read_bytes() == TINY_FILE.read_bytes() and cached() == [local]
@@ -365,7 +364,7 @@ def test_a_missing_remote_checkpoint(cloud, store):
 
 def test_a_checkpoint_at_another_kind_of_address(cloud):
     with pytest.raises(UserError) as raised:
-        loading.check_weights(denoiser(), "https://example.org/x.pt")
+        checked(denoiser(), "https://example.org/x.pt")
     message = str(raised.value)
     assert message.startswith("https://example.org/x.pt: cannot read this checkpoint: this kind of")
     assert message.endswith("what is elsewhere, download first and give the file's path")
@@ -373,7 +372,7 @@ def test_a_checkpoint_at_another_kind_of_address(cloud):
 
 def test_a_damaged_remote_checkpoint_is_called_by_its_own_name(cloud, store):
     put(cloud, f"{store}/256x256_diffusion.pt", TINY_FILE.read_bytes()[:-1000])
-    for do in (lambda path: loading.check_weights(denoiser(), path), loading.load_state_dict):
+    for do in (lambda path: checked(denoiser(), path), loading.load_state_dict):
         with pytest.raises(UserError) as raised:
             do(f"{store}/256x256_diffusion.pt")
         message = str(raised.value)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from guided_diffusion.config import load_config
-from guided_diffusion.factory import classifier_params, unet_params
 from guided_diffusion.networks.layers import GroupNorm32, attention, timestep_embedding
-from guided_diffusion.networks.unet import ResBlock, UNet, UNetParams
+from guided_diffusion.networks.params import UNetParams
+from guided_diffusion.networks.unet import ResBlock, UNet
 from tests.support.networks import (
     GOLDEN,
     NETWORKS,
@@ -71,11 +71,11 @@ def test_a_published_configs_networks_fit_their_checkpoints(conf):
     imagenet = "inet256" in conf.stem
     manifest = "256x256_diffusion.pt" if imagenet else UNCONDITIONAL_MANIFEST
     assert Path(config.model_path).name in manifest
-    assert shapes_of(unet_params(config.network)) == as_shapes(MANIFESTS[manifest])
+    assert shapes_of(config.network.params) == as_shapes(MANIFESTS[manifest])
     assert (config.classifier is not None) == imagenet
     if config.classifier:
         classifier = Path(config.classifier.path).name
-        params = classifier_params(config.classifier, config.network.image_size)
+        params = config.classifier.params(config.network.image_size)
         assert shapes_of(params) == as_shapes(MANIFESTS[classifier])
 
 
@@ -293,14 +293,12 @@ def test_training_starts_from_zero_where_the_contract_says_so():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 15}, "image_size 15 is not a multiple of 2, which 2 levels need"),
-        ({"channel_mult": (1, 1.5)}, "48 channels, which is no multiple of 32"),
-        ({"channel_mult": (0, 1)}, "0 channels"),
-        ({"num_heads": 3}, "64 channels cannot be split into 3 equal heads"),
-        (
-            {"num_head_channels": 48},
-            "64 channels cannot be split into heads of 48",
-        ),
+        ({"image_size": 15}, r"image_size: found 15; accepted: multiples of 2\*\*1, for 2 levels"),
+        ({"channel_mult": (1, 1.5)}, r"found 32; accepted: what makes \[32, 48\], .* of 32"),
+        ({"channel_mult": (0, 1)}, r"model_channels: found 32; accepted: what makes \[0, 32\]"),
+        ({"num_heads": 3}, r"num_heads: found 3; accepted: divisors of \[64, 64\]"),
+        ({"num_heads_upsample": 3}, r"num_heads_upsample: found 3; accepted: divisors of \[64\]"),
+        ({"num_head_channels": 48}, r"num_head_channels: found 48; accepted: divisors of"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused_with_both_values(changes, message):

@@ -32,7 +32,7 @@ from guided_diffusion.machine.signals import Interrupted
 from guided_diffusion.run import progress, runner, worker
 from guided_diffusion.run.plan import Plan, make_plan
 from guided_diffusion.run.progress import ProgressReport
-from guided_diffusion.run.recipe import Identity
+from guided_diffusion.run.recipe import Recipe
 from guided_diffusion.run.records import Records, load_state
 from guided_diffusion.scheduler import plain_times
 from guided_diffusion.speed.choice import Speed
@@ -96,15 +96,15 @@ class Job:
     """A plan, and what it takes to carry it out besides a network."""
 
     plan: Plan
-    identity: Identity
+    recipe: Recipe
     records: Records
     team: Team
 
     def describe(self) -> str:
-        return self.plan.describe(self.identity.device, self.identity.speed)
+        return self.plan.describe(self.recipe.device, self.recipe.speed)
 
     def run(self, inpainter: FakeInpainter) -> None:
-        runner.run(self.plan, lambda config: inpainter, self.identity, self.records, self.team)
+        runner.run(self.plan, lambda config: inpainter, self.recipe, self.records, self.team)
 
     def told(self, out: str) -> str:
         """What a run printed between its plan and the place of its results."""
@@ -132,9 +132,9 @@ class Folder:
     def plan_again(self, device=CPU, speed=PLAIN, **keys: object) -> Job:
         """As a run finds the folder after others."""
         config = self.config(**keys)
-        identity, records = Identity(config, device, speed), Records(config.dataset.inpainted_dir)
-        plan = make_plan(config, plain_times(EVALUATIONS), identity, records)
-        return Job(plan, identity, records, join(ALONE))
+        recipe, records = Recipe(config, device, speed), Records(config.dataset.inpainted_dir)
+        plan = make_plan(config, plain_times(EVALUATIONS), recipe, records)
+        return Job(plan, recipe, records, join(ALONE))
 
     def config(self, **keys: object):
         """keys: of the dataset, or of the whole run."""
@@ -697,7 +697,7 @@ def test_a_finished_run_loads_nothing_and_says_so(folder, capsys):
     job = folder.plan_again()
     assert job.plan.batches == []
     with patch.object(storage, "move", pytest.fail):
-        runner.run(job.plan, pytest.fail, job.identity, job.records, job.team)
+        runner.run(job.plan, pytest.fail, job.recipe, job.records, job.team)
     assert capsys.readouterr().out == (
         "all were finished before (--overwrite makes them again); results: "
         f"{folder.path}/out/results (settings and times: {folder.path}/out/run.json)\n"
@@ -969,7 +969,7 @@ def test_rank_0_waits_for_the_others_while_they_do_something(folder, pair, clock
     def finish_first_batch() -> None:
         plan = replace(second.plan, tasks=second.plan.tasks[:1])
         team = Team(second.team.world, HashStore())
-        settled = {"batch_size": 1, "digest": second.identity.digest}
+        settled = {"batch_size": 1, "digest": second.recipe.digest}
         team.store.set("settled plan", json.dumps({"made": settled}))
         replace(second, plan=plan, team=team).run(inpainter)
 

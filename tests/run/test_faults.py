@@ -19,7 +19,7 @@ from guided_diffusion import factory
 from guided_diffusion.config import load_config
 from guided_diffusion.machine import storage
 from guided_diffusion.run.plan import make_plan
-from guided_diffusion.run.recipe import Identity
+from guided_diffusion.run.recipe import Recipe
 from guided_diffusion.run.records import Records
 from guided_diffusion.run.records import Result as Finished
 from tests.kill_runs import kill_repeatedly
@@ -469,9 +469,9 @@ def pretend_to_be_finished(case: Case) -> None:
     """Write what a finished run would have left, with the same picture for all results."""
     config = load_config(case.conf_path())
     speed = factory.choose_speed(config, torch.device("cpu"))
-    identity = Identity(config, torch.device("cpu"), speed)
+    recipe = Recipe(config, torch.device("cpu"), speed)
     records = Records(config.dataset.inpainted_dir)
-    plan = make_plan(config, factory.build_times(config), identity, records)
+    plan = make_plan(config, factory.build_times(config), recipe, records)
     picture = case.folder / "gts" / "000000.png"
     for kind in OUTPUTS.values():
         (case.out / kind).mkdir(parents=True)
@@ -480,10 +480,10 @@ def pretend_to_be_finished(case: Case) -> None:
     Path(plan.report_path).touch()
     lines: list[str] = []
     with patch.object(storage, "append_line", lambda path, line: lines.append(line)):
-        records.begin(plan.run, config.seed, identity.settings)
+        records.begin(plan.run, config.seed, recipe.settings)
         for task in plan.tasks:
             size = picture.stat().st_size
-            records.finished(task.name, Finished(plan.run, identity.digest, task.origin, size, 0.1))
+            records.finished(task.name, Finished(plan.run, recipe.digest, task.origin, size, 0.1))
     storage.write_atomically(records.path, "".join(f"{line}\n" for line in lines).encode())
 
 

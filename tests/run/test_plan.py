@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from guided_diffusion.config import UserError, to_yaml_dict
+from guided_diffusion.config import UserError
 from guided_diffusion.images.tensors import flip_decision
 from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import Team, World
@@ -359,35 +359,14 @@ def test_a_setting_that_changes_no_pixel_does_nothing_again(case, change):
     assert plan.redo == {} and plan.is_done(plan.tasks) and plan.batches == []
 
 
-def test_every_key_of_a_config_is_known_to_change_pixels_or_not(case):
-    """A key that is new to the vocabulary belongs to one of them."""
-    keys = set(to_yaml_dict(case.config())) | {"classifier_path"}
-    with patch.object(recipe, "to_yaml_dict", lambda config, defaults: to_yaml_dict(config)):
-        counted = {key.split(".")[0] for key in case.identity.settings}
-    assert keys - counted == {
-        *("name", "seed", "show_progress", "checkpoint_every", "samples_per_image", "data"),
-        *("log_every", "fast", "use_fp16"),  # use_fp16: as the precision it comes to
-        "classifier_path",
-    }
-    assert counted - keys == {"version of the program"}
-
-
-def test_every_key_of_a_dataset_is_known_to_change_pixels_or_not(case):
-    """Those that are not settings are places, choose pictures, or count in their origins."""
-    chosen = {"offset", "max_len", "deterministic", "drop_last", "batch_size", "random_flip"}
-    names = {field.name for field in fields(case.config().dataset)}
-    places = {"name", "gt_path", "mask_path"} | {name for name in names if name.endswith("_dir")}
-    assert names == chosen | places | {"fit", "mask_convention"}
-
-
 def test_a_key_at_its_default_is_as_good_as_none(case):
     """Else a version of the program that knows one more key would make everything again."""
-    without = case.identity.digest
+    without = case.recipe.digest
     case.keys |= {"clip_denoised": True, "cond_y": None, "noise_schedule": "linear"}
     case.keys |= {"use_ddim": False, "ddim_eta": 0}
-    assert case.identity.digest == without
+    assert case.recipe.digest == without
     case.keys["clip_denoised"] = False
-    assert case.identity.digest != without
+    assert case.recipe.digest != without
 
 
 def test_a_checkpoint_that_is_gone_is_a_user_error(case):
@@ -421,7 +400,7 @@ def test_the_seed_of_the_run_before_is_taken_unless_there_is_one(case):
 def test_a_plan_holds_the_lock_that_a_dry_run_does_not_need(case):
     case.finish()
     records = case.records
-    make_plan(case.config(), TIMES, case.identity, records)
+    make_plan(case.config(), TIMES, case.recipe, records)
     with pytest.raises(UserError, match="another run is writing these results"):
         case.plan()
     assert case.plan(dry_run=True).done == set(NAMES)
@@ -478,13 +457,13 @@ def test_a_plan_is_the_same_at_the_other_process(case, seed):
 def in_two_processes(case: Case, overwrite: bool = False) -> list[Plan | UserError]:
     """What `share_plan` gives, or raises, in the processes of ranks 0 and 1."""
     store, found = HashStore(), [None, None]
-    config, identity = case.config(), case.identity
+    config, recipe = case.config(), case.recipe
 
     def share(rank: int) -> None:
         team = Team(World(rank, 2, rank, 2), store)
         records = Records(str(case.results), rank)
         try:
-            found[rank] = share_plan(team, config, TIMES, identity, records, overwrite)
+            found[rank] = share_plan(team, config, TIMES, recipe, records, overwrite)
         except UserError as error:
             found[rank] = error
 

@@ -22,15 +22,18 @@ from torch import nn
 
 from guided_diffusion import load_inpainter
 from guided_diffusion.checkpoints import loading as checkpoint_loading
+from guided_diffusion.checkpoints.loading import Blank, Checkpoint
 from guided_diffusion.config import SpeedConfig, UserError
 from guided_diffusion.networks.layers import GroupNorm32
-from guided_diffusion.networks.unet import Classifier, ClassifierParams, UNet, UNetParams
+from guided_diffusion.networks.params import ClassifierParams, UNetParams
+from guided_diffusion.networks.unet import Classifier, UNet
 from guided_diffusion.speed import choice, cpu_layers, loading
 from guided_diffusion.speed.choice import Speed, choose_speed, offered_precisions
 from guided_diffusion.speed.cpu_layers import FusedGroupNorm, convolution_sides, has_cpu_layers
 from guided_diffusion.speed.loading import CudaGraph, compiled, load_network
 from guided_diffusion.speed.packed import PackedConv2d
 from guided_diffusion.speed.winograd import WinogradConv2d
+from tests.support.checkpoints import checked
 from tests.support.filled_weights import filled
 from tests.support.golden_runs import prepare
 from tests.support.networks import (
@@ -342,7 +345,9 @@ def load(
 ) -> tuple[nn.Module, Function]:
     """The network as it was loaded, and the function to call."""
     network = meta_network(params)
-    return network, load_network(network, written(params, folder), Speed(precision), CPU, **options)
+    return network, load_network(
+        checked(network, written(params, folder)), Speed(precision), CPU, **options
+    )
 
 
 def is_told_the_class(params: Params) -> bool:
@@ -572,7 +577,7 @@ def test_a_checkpoint_hands_each_module_its_own_weights_once(tmp_path, monkeypat
         assert module is network.get_submodule(name)
         placed.extend((f"{name}.{key}", weight.clone()) for key, weight in own.items())
 
-    assert checkpoint_loading.load_weights(network, path, place) is network
+    assert checkpoint_loading.load_weights(checked(network, path), place) is network
     assert len(placed) == len(weights)
     torch.testing.assert_close(dict(placed), weights, rtol=0, atol=0)
     assert all(p.is_meta for p in network.parameters())  # placing is left to `place`
@@ -905,7 +910,7 @@ def faked_cuda(monkeypatch) -> None:
 def test_tf32_is_used_where_it_is_asked_for_alone(tmp_path, faked_cuda):
     for precision in ("tf32", "fp32", "tf32"):
         network = meta_network(TINY)
-        load_network(network, written(TINY, tmp_path), Speed(precision), CUDA)
+        load_network(checked(network, written(TINY, tmp_path)), Speed(precision), CUDA)
         asked = precision == "tf32"
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == asked
         assert {p.dtype for p in network.parameters()} == {FP32}
@@ -915,7 +920,7 @@ def test_tf32_is_used_where_it_is_asked_for_alone(tmp_path, faked_cuda):
 def test_a_cuda_graph_is_for_networks_without_gradients(gradients, kind, tmp_path, faked_cuda):
     speed = Speed(cuda_graph=True)
     network = meta_network(TINY)
-    function = load_network(network, written(TINY, tmp_path), speed, CUDA, gradients)
+    function = load_network(checked(network, written(TINY, tmp_path)), speed, CUDA, gradients)
     assert isinstance(function, kind)
     assert network is (function.function if kind is CudaGraph else function)
     assert count(network, nn.Conv2d) > 0  # CPUs have layers of their own
@@ -926,7 +931,7 @@ def test_a_compiler_gets_a_network_that_it_can_look_into(gradients, tmp_path, mo
     monkeypatch.setattr(loading, "compiled", lambda network: ("compiled", network))
     network = meta_network(TINY)
     speed = Speed(compile=True)
-    function = load_network(network, written(TINY, tmp_path), speed, CPU, gradients)
+    function = load_network(checked(network, written(TINY, tmp_path)), speed, CPU, gradients)
     assert function == ("compiled", network)
     assert count(network, PackedConv2d) == count(network, FusedGroupNorm) == 0
 
@@ -936,7 +941,7 @@ def test_memory_that_does_not_suffice_for_the_weights_is_one_line(function, tmp_
     monkeypatch.setattr(cpu_layers, function, lambda *_: torch.empty(2**58))
     path = written(TINY, tmp_path)
     with pytest.raises(UserError) as error:
-        load_network(meta_network(TINY), path, Speed(), CPU)
+        load_network(checked(meta_network(TINY), path), Speed(), CPU)
     assert str(error.value).startswith(f"{path}: there is not enough memory to load this network; ")
 
 
@@ -944,7 +949,7 @@ def test_memory_that_does_not_suffice_for_the_weights_is_one_line(function, tmp_
 def test_memory_is_kept_on_cpus(device, calls, tmp_path, monkeypatch, faked_cuda):
     kept = []
     monkeypatch.setattr(loading, "keep_freed_memory", lambda: kept.append(1))
-    load_network(meta_network(TINY), written(TINY, tmp_path), Speed(), device)
+    load_network(checked(meta_network(TINY), written(TINY, tmp_path)), Speed(), device)
     assert len(kept) == calls
 
 
@@ -1003,10 +1008,11 @@ def test_a_graph_is_captured_on_the_gpu_that_the_network_is_on(tmp_path, monkeyp
 
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(loading, "load_weights", lambda *_, part: (_ for _ in ()).throw(Placed))
+    monkeypatch.setattr(loading, "load_weights", lambda *_: (_ for _ in ()).throw(Placed))
     for name in ("cuda:1", "cuda"):
         with pytest.raises(Placed):
-            load_network(meta_network(TINY), "none.pt", Speed(), torch.device(name))
+            checkpoint = Checkpoint(Blank(meta_network(TINY), "none.pt"), dict)
+            load_network(checkpoint, Speed(), torch.device(name))
     assert chosen == [torch.device("cuda:1")]
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from guided_diffusion.config import load_config
-from guided_diffusion.factory import classifier_params, unet_params
 from guided_diffusion.networks.unet import Classifier, UNet
 from tests.support.filled_weights import filled
 
@@ -25,9 +24,9 @@ def prepare(case: str, folder: Path) -> None:
     config = load_config(str(folder / "conf.yml"))
     with torch.device("meta"):
         if config.model_path == "model_fill":
-            write_filled(UNet(unet_params(config.network)), folder / "model_fill")
+            write_filled(UNet(config.network.params), folder / "model_fill")
         else:
             shutil.copy(GOLDEN / config.model_path, folder)
         if config.classifier:
-            params = classifier_params(config.classifier, config.network.image_size)
+            params = config.classifier.params(config.network.image_size)
             write_filled(Classifier(params), folder / config.classifier.path)

@@ -10,8 +10,8 @@ import yaml
 from torch import nn
 
 from guided_diffusion.config import Config, load_config
-from guided_diffusion.factory import classifier_params, unet_params
-from guided_diffusion.networks.unet import Classifier, ClassifierParams, UNet, UNetParams
+from guided_diffusion.networks.params import ClassifierParams, UNetParams
+from guided_diffusion.networks.unet import Classifier, UNet
 from tests.support.filled_weights import filled
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -60,9 +60,9 @@ def load_written(folder: Path, keys: dict) -> Config:
 def golden_params(name: str, folder: Path) -> UNetParams | ClassifierParams:
     keys = NETWORKS[name]["config"]
     if not name.startswith("classifier"):
-        return unet_params(load_written(folder, keys).network)
+        return load_written(folder, keys).network.params
     config = load_written(folder, keys | {"classifier_path": "none.pt", "classifier_scale": 1.0})
-    return classifier_params(config.classifier, config.network.image_size)
+    return config.classifier.params(config.network.image_size)
 
 
 def pool_params(pool: str, folder: Path) -> ClassifierParams:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from guided_diffusion.config import Config, load_config
 from guided_diffusion.run.plan import Plan, make_plan
-from guided_diffusion.run.recipe import Identity
+from guided_diffusion.run.recipe import Recipe
 from guided_diffusion.run.records import Records, Result
 from guided_diffusion.scheduler import plain_times
 from guided_diffusion.speed.choice import Speed
@@ -68,8 +68,8 @@ class Case:
         return Records(str(self.results))
 
     @property
-    def identity(self) -> Identity:
-        return Identity(self.config(), self.device, self.speed)
+    def recipe(self) -> Recipe:
+        return Recipe(self.config(), self.device, self.speed)
 
     def config(self) -> Config:
         network = {"image_size": SIZE, "channel_mult": "1,2", "attention_resolutions": "8"}
@@ -80,12 +80,12 @@ class Case:
         return load_config(self.path / "conf.yml")
 
     def plan(self, **options: bool) -> Plan:
-        return make_plan(self.config(), TIMES, self.identity, self.records, **options)
+        return make_plan(self.config(), TIMES, self.recipe, self.records, **options)
 
     def finish(self, names: Sequence[str] | None = None) -> Plan:
         """Leave files and records as a run does that makes these pictures, or all."""
         plan, records = self.plan(), self.records
-        digest, settings = self.identity.digest, self.identity.settings
+        digest, settings = self.recipe.digest, self.recipe.settings
         records.begin(plan.run, plan.config.seed, settings)
         records.set_aside(plan.run, plan.redo)
         for task in plan.tasks:
