@@ -315,11 +315,8 @@ class Product:
         """What computes it, of random numbers; images are in channels_last."""
         numbers = (torch.randn(shape, device=device).to(dtype) for shape in (self.x, self.weight))
         x, weight = map(channels_last, numbers)
-        return (
-            partial(F.conv2d, x, weight, padding=1)
-            if x.dim() == 4
-            else partial(F.linear, x, weight)
-        )
+        convolve = partial(F.conv2d, padding=1)
+        return partial(convolve if x.dim() == 4 else F.linear, x, weight)
 
     def __str__(self) -> str:
         (n, channels, *sides), out = self.x, self.weight[0]
@@ -333,10 +330,9 @@ class Product:
 @torch.no_grad()
 def measure_ceiling(convolutions: Sequence[Product], speed: Speed, device: torch.device) -> Ceiling:
     """The best of these convolutions, and of the matrix products that they are made of."""
-    shapes = [(c.x[0] * c.x[2] * c.x[3], *c.weight[1::-1]) for c in convolutions]
+    matrices = [Product((c.x[0] * c.x[2] * c.x[3], c.x[1]), c.weight[:2]) for c in convolutions]
     if device.type == "cuda":
-        shapes.append((GPU_MATRIX,) * 3)
-    matrices = [Product((rows, inner), (columns, inner)) for rows, inner, columns in shapes]
+        matrices.append(Product((GPU_MATRIX, GPU_MATRIX), (GPU_MATRIX, GPU_MATRIX)))
     allow_tf32(speed.precision == "tf32")
     return max(_try(product, speed.dtype, device) for product in (*convolutions, *matrices))
 
