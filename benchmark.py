@@ -16,7 +16,7 @@ EXAMPLES = """examples:
 
 
 def main() -> int:
-    warnings.showwarning = show_warning
+    warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
     # Where a process is told to end, it still has to delete gigabytes of weights.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -25,7 +25,7 @@ def main() -> int:
         if arguments.precision:
             settings = [*settings, f"precision={arguments.precision}"]
         config = load_config(arguments.conf_path, settings, require_data=False)
-        run(config, settings, arguments)
+        run(config, arguments.batch, arguments.json)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -60,16 +60,12 @@ def batch_size(text: str) -> int:
     return int(text)
 
 
-def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def run(config: Config, settings: list[str], arguments: argparse.Namespace) -> None:
+def run(config: Config, batch: int, as_json: bool) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
     from guided_diffusion.benchmark import network
 
-    figures = network.measure(config, settings, arguments.batch)
-    print(json.dumps(figures.to_json()) if arguments.json else figures.describe())
+    figures = network.measure(config, batch)
+    print(json.dumps(figures) if as_json else network.describe(figures))
 
 
 if __name__ == "__main__":

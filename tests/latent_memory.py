@@ -31,8 +31,7 @@ from PIL import Image
 if __package__ is None or __package__ == "":  # run by path: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from guided_diffusion.benchmark.network import networks_of
-from guided_diffusion.benchmark.setup import peak_memory, random_checkpoint
+from guided_diffusion.benchmark.setup import networks_of, peak_memory, random_checkpoint
 from guided_diffusion.config import load_config
 from guided_diffusion.networks.autoencoder import Autoencoder
 from guided_diffusion.networks.unet import UNet

@@ -1,4 +1,4 @@
-"""What every measurement takes: a network of random weights, its input, and words for figures."""
+"""What every measurement takes: networks of random weights, their inputs, and words for figures."""
 
 import contextlib
 import math
@@ -9,16 +9,24 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from guided_diffusion import factory
 from guided_diffusion.checkpoints.loading import Part
 from guided_diffusion.config import Config, UserError
 from guided_diffusion.networks.params import UNetParams
 
 WIDTH = 88  # of the notes below a table, in characters
+
+
+def networks_of(config: Config) -> dict[Part | None, nn.Module]:
+    """The networks of a config on the meta device, the U-Net first; see `random_checkpoint`."""
+    blanks = factory.build_networks(replace(config, classifier=None)).values()
+    return {blank.part: blank.network for blank in blanks}
 
 
 @contextlib.contextmanager
@@ -29,20 +37,19 @@ def random_checkpoint(networks: Mapping[Part | None, nn.Module]) -> Iterator[str
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         path = os.path.join(folder, "random.pt")
-        sizes = (weight.nbytes for each in networks.values() for weight in each.parameters())
-        gigabytes = sum(sizes) / 1e9
-        note(f"writing {digits(gigabytes)} GB of random weights to {folder}")
         weights = {
             part.stored_name(key) if part else key: weight
             for part, network in networks.items()
             for key, weight in random_weights(network).items()
         }
+        size = f"{digits(sum(weight.nbytes for weight in weights.values()) / 1e9)} GB"
+        note(f"writing {size} of random weights to {folder}")
         try:
             torch.save(weights, path)
         except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
             raise UserError(
-                f"cannot write {digits(gigabytes)} GB of random weights to {folder}; set the "
-                "environment variable TMPDIR to a folder with room for them"
+                f"cannot write {size} of random weights to {folder}; set the environment variable "
+                "TMPDIR to a folder with room for them"
             ) from error
         del weights  # gigabytes, while others are measured
         yield path
@@ -62,7 +69,7 @@ def random_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def example(p: UNetParams, batch: int, device: torch.device | str) -> list[torch.Tensor]:
+def network_inputs(p: UNetParams, batch: int, device: torch.device | str) -> list[torch.Tensor]:
     """What a network takes: noise, times and, if it is class-conditional, classes."""
     noise = torch.randn(batch, p.in_channels, p.image_size, p.image_size, device=device)
     times = torch.full((batch,), 500.0, device=device)
@@ -71,22 +78,24 @@ def example(p: UNetParams, batch: int, device: torch.device | str) -> list[torch
     return [noise, times, torch.zeros(batch, dtype=torch.long, device=device)]
 
 
+def coder_inputs(config: Config, batch: int, device: torch.device) -> list[torch.Tensor]:
+    """What a latent config's autoencoder encodes, and what it decodes."""
+    p, side = config.latent.autoencoder.params, config.latent.nominal_size
+    pictures = torch.rand(batch, p.in_channels, side, side, device=device) * 2 - 1
+    latents = torch.randn(batch, p.embed_dim, side // p.factor, side // p.factor, device=device)
+    return [pictures, latents]
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, in this order if they are images or weights of a convolution."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
 def picture_side(config: Config) -> int:
     """The side of the pictures that a config is measured with: of the size that it was made for."""
     if config.latent is None:
         return config.network.image_size
     return config.image_size or config.latent.nominal_size
-
-
-@contextlib.contextmanager
-def room_on_gpu(batch: int) -> Iterator[None]:
-    """Turn a GPU's lack of memory for batches of this size into a UserError."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU has not enough memory for --batch {batch}; lower it, or --set device=cpu"
-        ) from error
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -109,11 +118,11 @@ def peak_memory(device: torch.device) -> int | None:
 # ---- Words -----------------------------------------------------------------------------------
 
 
-def describe_machine(device: torch.device, cores: int) -> str:
+def describe_machine(device: torch.device) -> str:
     """GPU or CPU, cores in use, torch."""
     gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
-    of_all = f"{cores} of {os.cpu_count()} cores"
-    return ", ".join([*gpu, _cpu_name(), of_all, f"torch {torch.__version__}"])
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    return ", ".join([*gpu, _cpu_name(), cores, f"torch {torch.__version__}"])
 
 
 def _cpu_name() -> str:
@@ -134,17 +143,11 @@ def digits(number: float) -> str:
 
 
 def page(head: Sequence[str], rows: Sequence[tuple[str, ...]], notes: Sequence[str]) -> str:
-    """Lines, a table and notes below it, for people."""
-    filled = (textwrap.fill(text, WIDTH, subsequent_indent="    ") for text in notes)
-    return "\n".join([*head, "", *_table(rows), "", *filled])
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns side by side, the first one to the left, numbers to the right."""
+    """Lines, a table with numbers to the right, and notes below it, for people."""
     label, *numbers = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        "  ".join([row[0].ljust(label), *map(str.rjust, row[1:], numbers)]).rstrip() for row in rows
-    ]
+    table = ("  ".join([r[0].ljust(label), *map(str.rjust, r[1:], numbers)]) for r in rows)
+    filled = (textwrap.fill(text, WIDTH, subsequent_indent="    ") for text in notes)
+    return "\n".join([*head, "", *map(str.rstrip, table), "", *filled])
 
 
 def note(text: str) -> None:

@@ -2,12 +2,13 @@
 
 import json
 import tempfile
-import time
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,10 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from guided_diffusion import factory
 from guided_diffusion.benchmark import network as benchmarking
 from guided_diffusion.benchmark import setup
-from guided_diffusion.benchmark.network import Ceiling, Convolution, Figures, FirstEvaluation, Pairs
+from guided_diffusion.benchmark.network import Product
 from guided_diffusion.checkpoints.loading import LATENT_UNET
 from guided_diffusion.config import Config, UserError, load_config
-from guided_diffusion.networks.autoencoder import Autoencoder
 from guided_diffusion.networks.unet import UNet
 from guided_diffusion.speed.choice import Speed
 from tests import latent_memory
@@ -41,9 +41,23 @@ def on_meta(config: Config) -> UNet:
 
 
 def with_weights(config: Config, folder: Path) -> Config:
-    path = folder / "random.pt"
-    torch.save(setup.random_weights(on_meta(config)), path)
+    """With a checkpoint of random weights, of both networks if it is a latent config."""
+    path = folder / "random.ckpt"
+    with setup.random_checkpoint(setup.networks_of(config)) as written:
+        path.write_bytes(Path(written).read_bytes())
     return replace(config, model_path=str(path))
+
+
+@contextmanager
+def in_this_process() -> Iterator[Callable[..., object]]:
+    """In place of `fresh_process`: here functions can be patched."""
+    functions = {}
+
+    def ask(function: Callable[..., object], *arguments: object) -> object:
+        with patch.object(benchmarking, "_functions", functions):
+            return function(*arguments)
+
+    yield ask
 
 
 @pytest.fixture
@@ -87,7 +101,7 @@ def test_json_is_one_object_and_nothing_else(finished):
     assert set(finished.figures) >= {
         *("ms_per_evaluation", "plain_ms_per_evaluation", "ratio_to_plain"),
         *("tflops", "ceiling_tflops", "share_of_ceiling", "images_per_hour"),
-        *("peak_memory_bytes", "seconds_to_first_evaluation", "evaluations_per_image"),
+        *("peak_memory_bytes", "evaluations_per_image"),
         *("precision", "batch", "device", "machine"),
     }
 
@@ -111,9 +125,8 @@ def test_the_figures_agree(finished):
     assert f["images_per_hour"] == pytest.approx(2 * 3600 / (5 * ms / 1000))
 
 
-def test_memory_and_start_are_those_of_a_fresh_process(finished):
+def test_memory_is_that_of_a_fresh_process(finished):
     assert 50e6 < finished.figures["peak_memory_bytes"] < BALLAST
-    assert 0.2 < finished.figures["seconds_to_first_evaluation"] < 60
 
 
 def test_nothing_is_left_behind(finished):
@@ -123,13 +136,14 @@ def test_nothing_is_left_behind(finished):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
 def test_nothing_is_left_behind_by_a_run_that_ends_early(tmp_path, temporary, error):
-    def fail(config, settings, model_path, batch):
-        assert Path(model_path).is_relative_to(temporary) and Path(model_path).is_file()
+    def fail(config, *_):
+        path = Path(config.model_path)
+        assert path.is_relative_to(temporary) and path.is_file()
         raise error
 
     config = load(tmp_path)
-    with patch.object(benchmarking, "run_first_evaluation", fail), pytest.raises(error):
-        benchmarking.measure(config, [], 1)
+    with patch.object(benchmarking, "compare", fail), pytest.raises(error):
+        benchmarking.measure(config, 1)
     assert list(temporary.iterdir()) == []
 
 
@@ -138,12 +152,12 @@ def test_nothing_is_left_behind_by_a_run_that_ends_early(tmp_path, temporary, er
 
 def asked_for(*arguments: str) -> tuple[Config, int]:
     """Config and batch size that a command line would measure."""
-    with patch.object(benchmarking, "measure") as measure:
-        measure.return_value.describe.return_value = "a table"
+    with (
+        patch.object(benchmarking, "measure") as measure,
+        patch.object(benchmarking, "describe", return_value="a table"),
+    ):
         assert command(*arguments).out == "a table\n"
-    (config, settings, batch), _ = measure.call_args
-    assert load_config(config.source, settings, require_data=False) == config
-    return config, batch
+    return measure.call_args.args
 
 
 def test_settings_win_over_the_file_and_precision_is_one(tmp_path):
@@ -189,42 +203,29 @@ def test_a_full_disk(tmp_path, temporary):
     assert list(temporary.iterdir()) == []
 
 
-def test_a_process_that_the_system_ends(tmp_path):
-    pool = MagicMock()
-    pool().__enter__().submit().result.side_effect = BrokenProcessPool
+@pytest.mark.parametrize(
+    "error",
+    [BrokenProcessPool(), MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory")],
+    ids=["ended by the system", "memory", "memory of a GPU"],
+)
+def test_too_little_memory(error):
     with (
-        patch.object(benchmarking, "ProcessPoolExecutor", pool),
-        pytest.raises(UserError, match="lack of memory"),
+        patch.object(benchmarking, "ProcessPoolExecutor") as pool,
+        benchmarking.fresh_process() as ask,
+        pytest.raises(UserError, match="not enough memory .* lower --batch"),
     ):
-        benchmarking.run_first_evaluation(load(tmp_path), [], "random.pt", 1)
+        pool().__enter__().submit().result.side_effect = error
+        ask(print)
 
 
-def test_too_little_memory_on_a_gpu(tmp_path, temporary):
-    failure = torch.cuda.OutOfMemoryError("CUDA out of memory")
+def test_another_failure_of_a_process_is_not_called_one_of_memory():
     with (
-        patch.object(benchmarking, "run_first_evaluation", side_effect=failure),
-        pytest.raises(UserError, match="memory for --batch 3; lower it"),
+        patch.object(benchmarking, "ProcessPoolExecutor") as pool,
+        benchmarking.fresh_process() as ask,
+        pytest.raises(UserError, match="no such weights"),
     ):
-        benchmarking.measure(load(tmp_path), [], 3)
-
-
-GUIDED = {
-    **{"image_size": 64, "attention_resolutions": "32"},
-    **{"classifier_scale": 1.0, "classifier_path": "nowhere/c.pt"},
-}
-
-
-@pytest.mark.parametrize("keys", [GUIDED, {"method": "latent"}], ids=["guided", "latent"])
-def test_the_first_evaluation_needs_no_classifier(tmp_path, keys):
-    config = load(tmp_path, **keys)
-    pool = MagicMock()
-    with patch.object(benchmarking, "ProcessPoolExecutor", pool):
-        path = tmp_path / "a folder: with 'quotes' & \"more\" #.pt"
-        benchmarking.run_first_evaluation(config, ["seed=5"], str(path), 1)
-    function, _, settings, *_ = pool().__enter__().submit.call_args.args
-    assert function is benchmarking.first_evaluation
-    child = load_config(config.source, settings, require_data=False)
-    assert child == replace(config, model_path=str(path), classifier=None, seed=5)
+        pool().__enter__().submit().result.side_effect = UserError("no such weights")
+        ask(print)
 
 
 # ---- Operations ----
@@ -270,24 +271,27 @@ def test_operations_are_those_counted_by_hand(tmp_path):
         assert benchmarking.count_operations(network, batch) == 2 * batch * multiply_adds
 
 
+def convolution(batch: int, channels: int, out_channels: int, side: int) -> Product:
+    return Product((batch, channels, side, side), (out_channels, channels, 3, 3))
+
+
 def test_the_largest_convolutions_come_first(tmp_path):
     network = on_meta(load(tmp_path))
     largest = benchmarking.largest_convolutions(network, 2)
     assert len(largest) == benchmarking.LARGEST
     assert largest[:3] == [
-        Convolution(2, 64, 64, 8),  # eight of them
-        Convolution(2, 32, 32, 16),  # four, with a share of 1 / 2 each
-        Convolution(2, 64, 64, 16),  # one, with a share of 4
+        convolution(2, 64, 64, 8),  # eight of them
+        convolution(2, 32, 32, 16),  # four, with a share of 1 / 2 each
+        convolution(2, 64, 64, 16),  # one, with a share of 4
     ]
     with patch.object(benchmarking, "LARGEST", 100):
         everything = benchmarking.largest_convolutions(network, 2)
-    assert Convolution(2, 3, 32, 16) in everything
-    assert Convolution(2, 32, 32, 8) not in everything  # its stride is 2
+    assert convolution(2, 3, 32, 16) in everything
+    assert convolution(2, 32, 32, 8) not in everything  # its stride is 2
+    assert convolution(2, 32, 32, 16) in everything and len(everything) == len(set(everything))
 
 
-@pytest.mark.parametrize(
-    "candidate", [Convolution(2, 8, 16, 4), benchmarking.MatrixProduct(8, 4, 16)], ids=str
-)
+@pytest.mark.parametrize("candidate", [convolution(2, 8, 16, 4), Product((8, 4), (16, 4))], ids=str)
 def test_operations_and_type_of_what_the_ceiling_is_measured_with(candidate):
     function = candidate.prepare(torch.bfloat16, CPU)
     with FlopCounterMode(display=False) as counter:
@@ -298,29 +302,54 @@ def test_operations_and_type_of_what_the_ceiling_is_measured_with(candidate):
 def test_the_ceiling_is_the_best_of_all(tmp_path):
     speeds = iter([3.0, 1.0, *[5.0] * 100])  # milliseconds: of the first, warm-up and one run
     with patch.object(benchmarking, "milliseconds", lambda function, device: next(speeds)):
-        ceiling = benchmarking.measure_ceiling(on_meta(load(tmp_path)), 1, Speed(), CPU)
+        largest = benchmarking.largest_convolutions(on_meta(load(tmp_path)), 1)
+        tflops, operation = benchmarking.measure_ceiling(largest, Speed(), CPU)
     operations = 2 * 9 * 8 * 8 * 64 * 64
-    assert ceiling.tflops == pytest.approx(operations / 1e-3 / 1e12)
-    assert ceiling.operation == "3×3 convolution of 64 to 64 channels at 8×8, batch 1"
+    assert tflops == pytest.approx(operations / 1e-3 / 1e12)
+    assert operation == "3×3 convolution of 64 to 64 channels at 8×8, batch 1"
 
 
-# ---- Both networks ----
+def test_the_ceiling_is_also_looked_for_among_the_products_of_each_tap():
+    tried = []
+
+    def attempt(product: Product, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
+        tried.append((product, dtype))
+        return float(len(tried)), str(product)
+
+    with patch.object(benchmarking, "_try", attempt):
+        best = benchmarking.measure_ceiling([convolution(2, 8, 16, 4)], Speed("bf16"), CPU)
+    assert best == (2.0, "product of 32×8 and 8×16 matrices")
+    assert tried == [
+        (convolution(2, 8, 16, 4), torch.bfloat16),
+        (Product((32, 8), (16, 8)), torch.bfloat16),
+    ]
+
+
+# ---- Both ways ----
+
+
+def outputs_of_both(config: Config, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the fast and the plain way give, of the same inputs."""
+    torch.manual_seed(0)
+    fast = benchmarking.fast_functions(config, CPU, batch, Speed())
+    torch.manual_seed(0)
+    plain = benchmarking.plain_functions(config, CPU, batch)
+    assert list(fast) == list(plain)
+    return ((fast[name](), plain[name]()) for name in fast)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_the_plain_way_gives_what_the_fast_way_gives(tmp_path, variant):
     config = with_weights(load(tmp_path, **VARIANTS[variant]), tmp_path)
-    inputs = setup.example(config.network.params, 2, CPU)
-    plain = benchmarking.plain_network(config, CPU)(*inputs)
-    fast = factory.load_networks(config, CPU, Speed())["denoiser"](*inputs)
+    ((fast, plain),) = outputs_of_both(config, 2)
     assert plain.isfinite().all() and plain.std() > 0.1
     torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_the_plain_way_is_fp32_nchw_with_explicit_attention(tmp_path):
-    config = with_weights(load(tmp_path, use_fp16=True, precision="bf16"), tmp_path)
-    network = benchmarking.plain_network(config, CPU)
+    config = load(tmp_path, use_fp16=True, precision="bf16")
+    functions = benchmarking.plain_functions(config, CPU, 1)
     seen = []
 
     def convolution(x, weight, *arguments):
@@ -337,22 +366,8 @@ def test_the_plain_way_is_fp32_nchw_with_explicit_attention(tmp_path):
         patch.object(F, "conv2d", convolution),
         patch.object(F, "scaled_dot_product_attention", attention),
     ):
-        network(*setup.example(config.network.params, 1, CPU))
+        functions["evaluate"]()
     assert len(seen) > 20 and all(seen)
-
-
-class PlainHere:
-    """A `_PlainProcess` that is this process, where functions can be patched."""
-
-    def __init__(self, *arguments: object):
-        benchmarking._prepare_plain(*arguments)
-        self.milliseconds = benchmarking._plain_milliseconds
-
-    def __enter__(self) -> "PlainHere":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        benchmarking._plain.clear()
 
 
 def test_each_network_is_measured_on_its_own_layout(tmp_path, temporary):
@@ -360,25 +375,47 @@ def test_each_network_is_measured_on_its_own_layout(tmp_path, temporary):
         assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         return 1.0
 
-    def plain(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> float:
+    def plain(self: UNet, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> float:
         assert x.is_contiguous() and x.shape == (3, 3, 64, 64) and len(t) == len(y) == 3
         return 2.0
 
-    guided = {"classifier_scale": 1.0, "classifier_path": "none.pt", "classifier_use_fp16": True}
-    keys = {"image_size": 64, "attention_resolutions": "32", "class_cond": True, **guided}
+    keys = {"image_size": 64, "attention_resolutions": "32", "class_cond": True, **GUIDED}
     with (
-        patch.object(benchmarking, "time_shares"),
-        patch.object(benchmarking, "run_first_evaluation"),
-        patch.object(benchmarking, "measure_ceiling"),
+        patch.object(benchmarking, "count_operations", return_value=1),
+        patch.object(benchmarking, "largest_convolutions"),
+        patch.object(benchmarking, "measure_ceiling", lambda *_: (1.0, "an operation")),
         patch.object(factory, "load_networks", lambda *_: {"denoiser": fast}),
-        patch.object(benchmarking, "plain_network", lambda config, device: plain),
-        patch.object(benchmarking, "_PlainProcess", PlainHere),
+        patch.object(UNet, "forward", plain),
+        patch.object(benchmarking, "fresh_process", in_this_process),
         patch.object(benchmarking, "milliseconds", lambda function, device: function()),
     ):
-        figures = benchmarking.measure(load(tmp_path, **keys), [], 3)
-    pairs = [1.0] * benchmarking.MOST_PAIRS, [2.0] * benchmarking.MOST_PAIRS
-    assert (figures.evaluation, figures.coding) == (Pairs(*pairs), {})
-    assert figures.ratio_to_plain == 2
+        f = benchmarking.measure(load(tmp_path, **keys), 3)
+    assert (f["ms_spread"], f["plain_ms_spread"]) == ([1.0, 1.0], [2.0, 2.0])
+    assert (f["runs"], f["ratio_to_plain"]) == (benchmarking.MOST_PAIRS, 2)
+    assert not any("code" in key for key in f)
+
+
+def test_the_ratio_is_the_same_on_a_machine_that_slows_down(tmp_path):
+    """Since the calls of both ways come in pairs."""
+    milliseconds_of = {"fast": 1.0, "plain": 4.0}
+    calls = []
+
+    def slower_and_slower(way: str, device: torch.device) -> float:
+        calls.append(way)
+        return milliseconds_of[way] * (1 if len(calls) < benchmarking.MOST_PAIRS else 3)
+
+    config = load(tmp_path)
+    with (
+        patch.object(benchmarking, "fast_functions", lambda *_: {"evaluate": "fast"}),
+        patch.object(benchmarking, "plain_functions", lambda *_: {"evaluate": "plain"}),
+        patch.object(benchmarking, "measure_ceiling"),
+        patch.object(benchmarking, "fresh_process", in_this_process),
+        patch.object(benchmarking, "milliseconds", slower_and_slower),
+    ):
+        times, plain_times, *_ = benchmarking.compare(config, CPU, 1, Speed(), on_meta(config))
+    known = times, plain_times, None, (1.0, "an operation")
+    assert max(times["evaluate"]) == 3 * min(times["evaluate"])
+    assert measured(config, known)["ratio_to_plain"] == pytest.approx(4, rel=0.03)
 
 
 def test_random_weights_leave_nothing_at_zero(tmp_path):
@@ -406,50 +443,31 @@ def test_functions_are_called_in_turns_as_often_as_time_allows():
     assert turns(seconds=0) == "ab" * (1 + benchmarking.LEAST_PAIRS)
 
 
-class Sleeper(torch.nn.SiLU):
-    def __init__(self, seconds: float, inside: torch.nn.Module | None = None):
-        super().__init__()
-        self.seconds, self.inside = seconds, inside
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(self.seconds)
-        return self.inside(x) if self.inside else x
-
-
-class Inner(Sleeper):
-    pass
-
-
-def test_the_time_of_a_part_does_not_count_those_inside_it():
-    network = torch.nn.Sequential(Sleeper(0.02, Inner(0.06)), Sleeper(0.02))
-    with patch.object(benchmarking, "_PARTS", {Sleeper: "outer", Inner: "inner"}):
-        shares = benchmarking.time_shares(network, [torch.zeros(1)])
-    assert list(shares) == ["inner", "outer", "the rest"]
-    assert abs(shares["inner"] - 0.6) < 0.1 and abs(shares["outer"] - 0.4) < 0.1
-    assert not any(module._forward_hooks for module in network.modules())
-
-
 # ---- The table ----
 
+GUIDED = {"classifier_scale": 1.0, "classifier_path": "nowhere/c.pt", "classifier_use_fp16": True}
+PAPER = {  # 2410 evaluations
+    "timestep_respacing": "250",
+    "schedule_jump_params": {"t_T": 250, "n_sample": 1, "jump_length": 10, "jump_n_sample": 10},
+}
+KNOWN = (
+    {"evaluate": [250.0, 240.0, 1500.0]},
+    {"evaluate": [1000.0, 1300.0, 990.0]},
+    2_345_000_000,
+    (2.5, "an operation"),
+)
 
-def figures(config: Config, **changes: object) -> Figures:
-    known = Figures(
-        config=config,
-        speed=Speed("bf16", reason="fast: a reason"),
-        device=CPU,
-        machine="a machine",
-        batch=2,
-        weights=12_340_000,
-        operations=5 * 10**11,
-        evaluations_per_image=2410,
-        evaluation=Pairs([250.0, 240.0, 1500.0], [1000.0, 1300.0, 990.0]),
-        coding={},
-        shares={"attention": 0.25, "the rest": 0.75},
-        sampler_ms=1.5,
-        ceiling=Ceiling(2.5, "an operation"),
-        first=FirstEvaluation(3.25, 0.5, 2_345_000_000),
-    )
-    return replace(known, **changes)
+
+def measured(config: Config, known: tuple = KNOWN) -> dict:
+    """The figures of batch 2, where an evaluation's 5e11 operations took so long."""
+    with (
+        patch.object(setup, "random_weights", return_value={}),
+        patch.object(setup, "describe_machine", return_value="a machine"),
+        patch.object(factory, "choose_speed", return_value=Speed("bf16", reason="fast: a reason")),
+        patch.object(benchmarking, "count_operations", return_value=5 * 10**11),
+        patch.object(benchmarking, "compare", return_value=known),
+    ):
+        return benchmarking.measure(config, 2)
 
 
 def row(table: str, label: str) -> list[str]:
@@ -458,61 +476,47 @@ def row(table: str, label: str) -> list[str]:
 
 
 def test_the_table(tmp_path):
-    table = figures(load(tmp_path)).describe()
-    assert "network for 16×16 images, 12.3 M weights, 0.500 TFLOP an evaluation of batch 2" in table
+    table = benchmarking.describe(measured(load(tmp_path, **PAPER)))
+    assert "network for 16×16 images, 0.8 M weights, 0.500 TFLOP an evaluation of batch 2" in table
     assert "a machine; device cpu" in table and "bf16 (fast: a reason)" in table
     assert row(table, "milliseconds an evaluation, median") == ["250", "1,000"]
     assert row(table, "fastest") == ["240", "990"]
     assert row(table, "slowest") == ["1,500", "1,300"]
-    assert row(table, "attention") == ["25.0%"] and row(table, "the rest") == ["75.0%"]
-    assert row(table, "the sampler adds") == ["1.50"]
     assert row(table, "images per hour, at 2,410 evaluations") == ["12.0", "2.99"]
     assert row(table, "TFLOP/s") == ["2.00", "0.500"]
     assert row(table, "ceiling in bf16") == ["2.50"]
     assert row(table, "share of it") == ["80%"]
     assert row(table, "peak memory, GB") == ["2.35"]
-    assert row(table, "seconds until the first evaluation") == ["3.25"]
     assert row(table, "times as fast as plain") == ["4.00", "1"]
     assert "an operation" in table and "3 times, in turns" in table
     assert max(map(len, table.splitlines())) <= 100
 
 
+def test_the_share_is_that_of_the_ceiling(tmp_path):
+    f = measured(load(tmp_path))
+    assert (f["tflops"], f["ceiling_tflops"], f["share_of_ceiling"]) == (2.0, 2.5, 0.8)
+
+
 def test_the_table_where_memory_is_unknown_and_sampling_is_guided(tmp_path):
     keys = {"image_size": 64, "attention_resolutions": "32"}
-    config = load(tmp_path, classifier_scale=1.0, classifier_path="nowhere/c.pt", **keys)
-    known = figures(config)
-    table = replace(known, first=replace(known.first, peak_memory_bytes=None)).describe()
+    config = load(tmp_path, **GUIDED, **keys)
+    times, plain_times, _, ceiling = KNOWN
+    table = benchmarking.describe(measured(config, (times, plain_times, None, ceiling)))
     assert row(table, "peak memory, GB") == ["unknown"]
     assert "The classifier that guides this config's sampling is not counted." in table
-    assert "classifier" not in figures(load(tmp_path)).describe()
+    assert "classifier" not in benchmarking.describe(measured(load(tmp_path)))
 
 
 # ---- Latent diffusion ----
-
-
-def with_all_weights(config: Config, folder: Path) -> Config:
-    """As `with_weights`, of both networks of a latent config."""
-    path = folder / "random.ckpt"
-    with setup.random_checkpoint(benchmarking.networks_of(config)) as written:
-        path.write_bytes(Path(written).read_bytes())
-    return replace(config, model_path=str(path))
-
-
-def first_evaluation_here(
-    config: Config, settings: list[str], model_path: str, batch: int
-) -> FirstEvaluation:
-    """In place of `run_first_evaluation`, in this process."""
-    settings = [*settings, f"model_path={model_path}"]
-    return benchmarking.first_evaluation(config.source, settings, batch, time.time())
 
 
 @pytest.fixture
 def measured_here():
     """All is measured in this process, and briefly."""
     with (
-        patch.object(benchmarking, "run_first_evaluation", first_evaluation_here),
-        patch.object(benchmarking, "_PlainProcess", PlainHere),
-        patch.object(benchmarking, "MOST_PAIRS", 3),
+        patch.object(benchmarking, "fresh_process", in_this_process),
+        patch.object(benchmarking, "LEAST_PAIRS", 1),
+        patch.object(benchmarking, "MOST_PAIRS", 1),
         patch.object(benchmarking, "CEILING_RUNS", 1),
     ):
         yield
@@ -525,7 +529,7 @@ def test_a_run_with_latent_diffusion(tmp_path, temporary, measured_here):
             *("--conf_path", write(tmp_path, method="latent"), "--batch", "2", "--json")
         )
     f = json.loads(result.out)
-    assert (f["evaluations_per_image"], f["image_size"], f["runs"]) == (4, 64, 3)
+    assert (f["evaluations_per_image"], f["image_size"], f["runs"]) == (4, 64, 1)
     for prefix in ("", "plain_"):
         assert f[f"{prefix}encode_ms"] > 0 and f[f"{prefix}decode_ms"] > 0
     seconds = (4 * f["ms_per_evaluation"] / 2 + f["encode_ms"] + f["decode_ms"]) / 1000
@@ -533,33 +537,31 @@ def test_a_run_with_latent_diffusion(tmp_path, temporary, measured_here):
     assert f["ratio_to_plain"] == pytest.approx(
         f["plain_ms_per_evaluation"] / f["ms_per_evaluation"]
     )
-    assert 0 < f["seconds_of_first_evaluation"] < 60 and f["sampler_ms_per_evaluation"] > 0
     assert list(temporary.glob("benchmark-*")) == []
 
 
 def test_the_pixel_table_says_nothing_of_latents(tmp_path):
-    known = figures(load(tmp_path))
-    assert "encode" not in known.describe() and "autoencoder" not in known.describe()
-    assert not any("code" in key or key == "image_size" for key in known.to_json())
+    known = measured(load(tmp_path))
+    table = benchmarking.describe(known)
+    assert "encode" not in table and "autoencoder" not in table
+    assert not any("code" in key for key in known)
 
 
 def test_the_table_with_latent_diffusion(tmp_path):
-    coding = {
-        "encode": Pairs([100.0, 90.0, 200.0], [400.0, 300.0, 500.0]),
-        "decode": Pairs([300.0] * 3, [1200.0] * 3),
-    }
-    config = load(tmp_path, method="latent")
-    known = figures(config, coding=coding, evaluations_per_image=4)
-    table = known.describe()
-    assert "network for 64×64 images, 12.3 M weights" in table
+    """The autoencoder's times are of batches of two; what is told of them is of one image."""
+    times, plain_times, *others = KNOWN
+    times = times | {"encode": [200.0, 180.0, 400.0], "decode": [600.0] * 3}
+    plain_times = plain_times | {"encode": [800.0, 600.0, 1000.0], "decode": [2400.0] * 3}
+    f = measured(load(tmp_path, method="latent"), (times, plain_times, *others))
+    table = benchmarking.describe(f)
+    assert "network for 64×64 images" in table
     assert row(table, "milliseconds to encode an image, median") == ["100", "400"]
     assert row(table, "milliseconds to decode an image, median") == ["300", "1,200"]
     # 4 × 250 / 2 + 100 + 300 = 900 milliseconds; 4 × 1000 / 2 + 400 + 1200 = 3600
     assert row(table, "images per hour, at 4 evaluations") == ["4,000", "1,000"]
     assert "The autoencoder's time counts in images per" in table
-    json_figures = known.to_json()
-    assert [json_figures[f"{name}_ms"] for name in coding] == [100, 300]
-    assert [json_figures[f"plain_{name}_ms"] for name in coding] == [400, 1200]
+    assert [f[f"{name}_ms"] for name in ("encode", "decode")] == [100, 300]
+    assert [f[f"plain_{name}_ms"] for name in ("encode", "decode")] == [400, 1200]
 
 
 @pytest.mark.parametrize(
@@ -567,23 +569,22 @@ def test_the_table_with_latent_diffusion(tmp_path):
 )
 def test_latents_are_those_of_the_pictures(tmp_path, image_size, side, latent_side):
     config = load(tmp_path, method="latent", image_size=image_size)
-    assert f"network for {side}×{side} images" in figures(config).describe()
-    network = benchmarking.networks_of(config)[LATENT_UNET]
-    x, _ = setup.example(network.params, 2, CPU)
+    assert measured(config)["image_size"] == side
+    network = setup.networks_of(config)[LATENT_UNET]
+    x, _ = setup.network_inputs(network.params, 2, CPU)
     assert x.shape == (2, 7, latent_side, latent_side)
     # Attention stays at the same levels.
     assert network.params.attends(4) and network.params.attends(2) and not network.params.attends(1)
-    (convolution, *_) = benchmarking.largest_convolutions(network, 1)
-    assert convolution.side in (latent_side, latent_side // 2, latent_side // 4)
+    (largest, *_) = benchmarking.largest_convolutions(network, 1)
+    assert largest.x[2] in (latent_side, latent_side // 2, latent_side // 4)
 
 
 def test_a_pixel_network_is_of_its_own_size(tmp_path):
-    config = load(tmp_path)
-    assert setup.picture_side(config) == 16
+    assert measured(load(tmp_path))["image_size"] == 16
 
 
 def test_names_and_shapes_of_random_weights_are_those_of_the_published_file(tmp_path):
-    config = with_all_weights(load(tmp_path, method="latent"), tmp_path)
+    config = with_weights(load(tmp_path, method="latent"), tmp_path)
     manifest = json.loads((SHAPES.parent / "state_dict_manifests.json").read_text("utf-8"))["tiny"]
     averages = ("model_ema.diffusion_model", "first_stage_model.")
     expected = {key: shape for key, shape in manifest.items() if key.startswith(averages)}
@@ -594,23 +595,14 @@ def test_names_and_shapes_of_random_weights_are_those_of_the_published_file(tmp_
 
 @torch.no_grad()
 def test_the_plain_ways_of_latent_diffusion_give_what_the_fast_ones_give(tmp_path):
-    config = with_all_weights(load(tmp_path, method="latent"), tmp_path)
-    network = benchmarking.networks_of(config)[LATENT_UNET]
-    inputs = setup.example(network.params, 1, CPU)
-    plain = benchmarking.plain_network(config, CPU)(*inputs)
-    networks = factory.load_networks(config, CPU, Speed())
-    fast = networks["denoiser"](*inputs)
-    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
-    autoencoder = networks["autoencoder"]
-    coders = benchmarking.plain_coders(config, CPU), (autoencoder.encode, autoencoder.decode)
-    torch.manual_seed(0)
-    x, z = torch.rand(1, 3, 64, 64) * 2 - 1, torch.randn(1, 3, 16, 16)
-    for plain, fast, argument in zip(*coders, (x, z), strict=True):
-        torch.testing.assert_close(fast(argument), plain(argument), atol=1e-4, rtol=1e-4)
+    config = with_weights(load(tmp_path, method="latent"), tmp_path)
+    for number, (fast, plain) in enumerate(outputs_of_both(config, 1)):
+        assert plain.shape == [(1, 3, 16, 16), (1, 3, 16, 16), (1, 3, 64, 64)][number]
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_the_plain_autoencoder_is_fp32_nchw(tmp_path):
-    config = with_all_weights(load(tmp_path, method="latent", precision="bf16"), tmp_path)
+    config = load(tmp_path, method="latent", precision="bf16")
     seen = []
 
     def convolution(x, weight, *arguments):
@@ -618,46 +610,11 @@ def test_the_plain_autoencoder_is_fp32_nchw(tmp_path):
         return conv2d(x, weight, *arguments)
 
     conv2d = F.conv2d
-    functions = benchmarking._coding(config, benchmarking.plain_coders(config, CPU), CPU)
-    assert list(functions) == ["encode", "decode"]
+    functions = benchmarking.plain_functions(config, CPU, 1)
     with patch.object(F, "conv2d", convolution):
-        latent, picture = (function() for function in functions.values())
+        latent, picture = (functions[name]() for name in ("encode", "decode"))
     assert (latent.shape, picture.shape) == ((1, 3, 16, 16), (1, 3, 64, 64))
     assert len(seen) == 40 and all(seen)  # convolutions, of both ways
-
-
-def test_the_first_evaluation_of_latent_diffusion(tmp_path):
-    """The autoencoder is used as in a run, but its decoding is not the evaluation's time."""
-    config = with_all_weights(load(tmp_path, method="latent"), tmp_path)
-    calls, now, encode, decode = [], [1000.0], Autoencoder.encode, Autoencoder.decode
-
-    def watched_encode(network: Autoencoder, x: torch.Tensor) -> torch.Tensor:
-        calls.append(("encode", tuple(x.shape)))
-        now[0] += 5
-        return encode(network, x)
-
-    def watched_decode(network: Autoencoder, z: torch.Tensor) -> torch.Tensor:
-        calls.append(("decode", tuple(z.shape)))
-        now[0] += 100
-        return decode(network, z)
-
-    with (
-        patch.object(Autoencoder, "encode", watched_encode),
-        patch.object(Autoencoder, "decode", watched_decode),
-        patch.object(benchmarking.time, "time", lambda: now[0]),
-    ):
-        first = first_evaluation_here(config, [], config.model_path, 2)
-    assert calls == [("encode", (2, 3, 64, 64)), ("decode", (2, 3, 16, 16))]
-    assert (first.seconds_until, first.seconds) == (5, 0)
-
-
-def test_a_plain_process_that_the_system_ends(tmp_path):
-    pool = MagicMock()
-    with patch.object(benchmarking, "ProcessPoolExecutor", pool):
-        process = benchmarking._PlainProcess(load(tmp_path), CPU, 1)
-        pool().submit().result.side_effect = BrokenProcessPool
-        with pytest.raises(UserError, match="plain way .* lack of memory"):
-            process.milliseconds("evaluate")
 
 
 # ---- Memory for large pictures ----
@@ -669,7 +626,7 @@ def test_what_a_whole_run_takes(tmp_path):
     latent_memory.write_config(tmp_path / "config.yml", keys)
     latent_memory.draw(tmp_path, 80)
     config = load_config(str(tmp_path / "config.yml"), require_data=False)
-    config = with_all_weights(config, tmp_path)
+    config = with_weights(config, tmp_path)
     seconds, peak = latent_memory.inpaint(config.source, [f"model_path={config.model_path}"])
     calls = {name: len(times) for name, times in seconds.items()}
     assert calls == {"encode": 1, "evaluation": 2, "decode": 1}
