@@ -20,7 +20,7 @@ from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.machine import memory, storage
 from guided_diffusion.machine.ranks import Team
 from guided_diffusion.machine.signals import Interrupted, StopSignals
-from guided_diffusion.output.film import ProcessLog
+from guided_diffusion.output.film import FilmLog
 from guided_diffusion.output.report import Row, write_report
 from guided_diffusion.run.plan import Plan, Task, companion_folders, counted, existing, region_name
 from guided_diffusion.run.progress import ProgressReport
@@ -110,7 +110,7 @@ def _set_aside(plan: Plan) -> None:
                 _forget_process(_process_log(plan), task.name)
 
 
-def _forget_process(log: ProcessLog, name: str) -> None:
+def _forget_process(log: FilmLog, name: str) -> None:
     """Remove how a result was made, however many regions it had then. Raises OSError."""
     log.begin(name)
     regions = (region_name(name, k) for k in count())
@@ -155,12 +155,12 @@ def _do_batches(
     return worker.most
 
 
-def _process_log(plan: Plan, inpainter: Inpainter | None = None) -> ProcessLog:
+def _process_log(plan: Plan, inpainter: Inpainter | None = None) -> FilmLog:
     """inpainter: needed to write."""
     if inpainter is None:
-        return ProcessLog(plan.process_dir, every=1, times=(), noise_levels=())
+        return FilmLog(plan.process_dir, every=1, times=(), noise_levels=())
     noise = (1 - inpainter.diffusion.alphas_cumprod) ** 0.5
-    return ProcessLog(plan.process_dir, plan.config.log_every, inpainter.times, noise.tolist())
+    return FilmLog(plan.process_dir, plan.config.log_every, inpainter.times, noise.tolist())
 
 
 # ---- After the last batch ---------------------------------------------------------------------

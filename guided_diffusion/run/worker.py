@@ -20,7 +20,7 @@ from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.machine import memory, storage
 from guided_diffusion.machine.ranks import Team
 from guided_diffusion.machine.signals import Interrupted, StopSignals
-from guided_diffusion.output.film import ProcessLog
+from guided_diffusion.output.film import FilmLog
 from guided_diffusion.repaint import Evaluation, SamplerState
 from guided_diffusion.run.plan import Plan, Task, input_digest, stream_of_view
 from guided_diffusion.run.progress import ProgressReport
@@ -42,7 +42,7 @@ class Worker:
     team: Team
     report: ProgressReport
     stop: StopSignals
-    log: ProcessLog | None  # None: the process is not shown
+    log: FilmLog | None  # None: the process is not shown
     most: int  # images at a time that memory suffices for, as far as is known
 
     def work(self) -> None:
