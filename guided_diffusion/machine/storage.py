@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from guided_diffusion.config import UserError
+
 if TYPE_CHECKING:
     from blobfile import Context, Stat
 
@@ -29,6 +31,21 @@ RETRIES = 10
 CONNECT_SECONDS, READ_SECONDS = 5, 20  # until a server that does not answer counts as failing
 
 PIECE = 2**23  # bytes of a file that are held in memory
+
+
+@contextmanager
+def writing(path: str, advice: str = "", key: str = "") -> Iterator[None]:
+    """Errors of what writes to this path as UserError, of one line.
+
+    advice: what to do about it. key: of the setting or option that names the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        line = f"cannot write {path}: {error.strerror or error}"
+        raise UserError(
+            ": ".join(filter(None, (key, line))) + (advice and f"; {advice}")
+        ) from error
 
 
 def is_remote(path: str) -> bool:
