@@ -16,6 +16,7 @@ from torch import nn
 
 from guided_diffusion.checkpoints.loading import Part
 from guided_diffusion.config import Config, UserError
+from guided_diffusion.machine import storage
 from guided_diffusion.networks.unet import UNetParams
 
 WIDTH = 88  # of the notes below a table, in characters
@@ -37,13 +38,12 @@ def random_checkpoint(networks: Mapping[Part | None, nn.Module]) -> Iterator[str
             for part, network in networks.items()
             for key, weight in random_weights(network).items()
         }
-        try:
+        with storage.writing(
+            f"{digits(gigabytes)} GB of random weights to {folder}",
+            "set the environment variable TMPDIR to a folder with room for them",
+            errors=(OSError, RuntimeError),  # torch's own, where the disk is full
+        ):
             torch.save(weights, path)
-        except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
-            raise UserError(
-                f"cannot write {digits(gigabytes)} GB of random weights to {folder}; set the "
-                "environment variable TMPDIR to a folder with room for them"
-            ) from error
         del weights  # gigabytes, while others are measured
         yield path
 
