@@ -1,7 +1,7 @@
 """What is finished, so that a run goes on where an earlier one was stopped.
 
 Beside the folder of the results lies one of records, `inpainted.run` beside `inpainted`. In it each
-process appends to a file of its own, images-RANK.jsonl, one JSON object a line, never changed:
+rank appends to a file of its own, images-RANK.jsonl, one JSON object a line, never changed:
 
     {"run": 2, "seed": 5, "settings": {...}, "digest": D}       a run begins
     {"run": 2, "name": "x.png", "redo": "the image changed"}    an earlier result was set aside
@@ -154,7 +154,7 @@ class Records:
                 ) from error
 
     def history(self) -> History:
-        """What all processes of all runs have recorded. Raises UserError."""
+        """What all ranks of all runs have recorded. Raises UserError."""
         try:
             files = [path for path in self._files() if path.endswith(".jsonl")]
             lines = [line for path in files for line in _read_lines(path)]

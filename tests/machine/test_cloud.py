@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 pytestmark = pytest.mark.filterwarnings("ignore:downloading")
 
-EMULATION = ROOT / "tests" / "cloud_emulation.py"
+EMULATION = ROOT / "tests" / "support" / "cloud_emulation.py"
 STORES = {
     "gs://bucket": "gs://bucket",
     "az://account/box": "az://account/box",
