@@ -4,10 +4,9 @@ import argparse
 import sys
 import warnings
 from functools import partial
-from signal import SIGINT
 
 from guided_diffusion.config import Config, UserError, load_config
-from guided_diffusion.machine.ranks import ALONE, World, join, read_world, restarted
+from guided_diffusion.machine.ranks import ALONE, World, join, read_world
 from guided_diffusion.machine.signals import Interrupted
 
 EXAMPLES = """examples:
@@ -24,22 +23,20 @@ def main() -> int:
     try:
         world = read_world()
         warnings.showwarning = lambda text, *_: world.say(f"warning: {text}", sys.stderr)
-        config = load_config(arguments.conf_path, arguments.set)
-        run(config, world, arguments)
+        run(load_config(arguments.conf_path, arguments.set), world, arguments)
     except UserError as error:
         world.say(f"error: {error}", sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stop:
         again = "the same command again" + ", without --overwrite" * arguments.overwrite
         world.say(f"stopped; to go on, run {again}", sys.stderr)
-        return 128 + getattr(stop, "number", SIGINT)
+        return 128 + getattr(stop, "number", 2)  # Ctrl-C is SIGINT, 2
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=as_it_is)
     add = parser.add_argument
     add("--conf_path", required=True, metavar="FILE", help="a YAML file, such as those in confs/")
     set_help = "use this value instead of the file's; KEY is a dotted path; repeatable"
@@ -53,29 +50,24 @@ def parse_arguments() -> argparse.Namespace:
 def run(config: Config, world: World, arguments: argparse.Namespace) -> None:
     # Torch takes seconds to import; a mistake in the config is reported before.
     from guided_diffusion import factory
-    from guided_diffusion.images import preview
     from guided_diffusion.run import runner
-    from guided_diffusion.run.plan import make_plan, share_plan
+    from guided_diffusion.run.plan import make_job
     from guided_diffusion.run.recipe import Recipe
-    from guided_diffusion.run.records import Records
 
     if arguments.preview is not None:
-        return world.say(preview.write_preview(config, arguments.preview))
-    overwrite = arguments.overwrite and not restarted()
+        from guided_diffusion.run.preview import write_preview
+
+        return world.say(write_preview(config, arguments.preview))
     device = factory.pick_device(config.device, world)
     speed = factory.choose_speed(config, device)
-    team = join(world)
+    recipe, team = Recipe(config, device, speed), join(world)
     times = team.share("times", partial(factory.build_times, config))
-    recipe = Recipe(config, device, speed)
-    records = Records(config.dataset.inpainted_dir, world.rank)
+    job = make_job(config, times, recipe, team, arguments.overwrite, arguments.dry_run)
     if arguments.dry_run:
-        plan = make_plan(config, times, recipe, records, overwrite=overwrite, dry_run=True)
         factory.check_checkpoints(config)
         in_order = "everything is in order; nothing was sampled or written (--dry-run)"
-        return world.say(f"{plan.describe(device, speed)}\n{in_order}")
-    plan = share_plan(team, config, times, recipe, records, overwrite)
-    load_inpainter = partial(factory.build_inpainter, times=times, device=device, speed=speed)
-    runner.run(plan, load_inpainter, recipe, records, team)
+        return world.say(f"{job.describe()}\n{in_order}")
+    runner.run(job, partial(factory.build_inpainter, times=times, device=device, speed=speed))
 
 
 if __name__ == "__main__":

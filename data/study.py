@@ -160,10 +160,8 @@ def _call(script: str, *arguments: object) -> None:
 
 
 def _write(path: str, data: bytes) -> None:
-    try:
+    with storage.writing(path):
         storage.write_atomically(path, data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import nn
 
 from guided_diffusion import factory
 from guided_diffusion.checkpoints.loading import Part
-from guided_diffusion.config import Config, UserError
+from guided_diffusion.config import Config
+from guided_diffusion.machine import storage
 from guided_diffusion.networks.params import UNetParams
 
 WIDTH = 88  # of the notes below a table, in characters
@@ -44,13 +45,12 @@ def random_checkpoint(networks: Mapping[Part | None, nn.Module]) -> Iterator[str
         }
         size = f"{digits(sum(weight.nbytes for weight in weights.values()) / 1e9)} GB"
         note(f"writing {size} of random weights to {folder}")
-        try:
+        with storage.writing(
+            f"{size} of random weights to {folder}",
+            "set the environment variable TMPDIR to a folder with room for them",
+            errors=(OSError, RuntimeError),  # torch's own, where the disk is full
+        ):
             torch.save(weights, path)
-        except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
-            raise UserError(
-                f"cannot write {size} of random weights to {folder}; set the environment variable "
-                "TMPDIR to a folder with room for them"
-            ) from error
         del weights  # gigabytes, while others are measured
         yield path
 

@@ -347,19 +347,15 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
 
 def check_out(path: str) -> None:
     """Raises UserError if a CSV file cannot be written there."""
-    try:
+    with storage.writing(path, key="--out"):
         if storage.is_dir(path):
             raise UserError(f"--out: {path} is a folder; give a file, such as {path}/metrics.csv")
         if not path.lower().endswith(".csv"):
             raise UserError(f"--out: {path}; accepted: a CSV file, such as metrics.csv")
         storage.check_writable(os.path.dirname(path) or ".")
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path}: {error.strerror or error}") from error
 
 
 def write_text(path: str, text: str) -> None:
     """Write a file whole or not at all. Raises UserError."""
-    try:
+    with storage.writing(path, key="--out"):
         storage.write_atomically(path, text.encode("utf-8", "surrogateescape"))
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path}: {error.strerror or error}") from error

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from guided_diffusion.config import CUT, DatasetConfig, UserError
-from guided_diffusion.images.files import read_rgb, resize_and_crop
-from guided_diffusion.images.pairs import Pair, for_each
+from guided_diffusion.images.files import InputFile, resize_and_crop
+from guided_diffusion.images.pairs import Pair, PairFiles
 from guided_diffusion.images.regions import cut_keep, find_regions, keep_of
-from guided_diffusion.images.tensors import read_mask
+from guided_diffusion.images.tensors import decode_mask
 
-T = TypeVar("T")
 Size = tuple[int, int]  # width, height
 
 COLOUR = 16  # levels of 255 between red, green and blue, up to which a pixel is grey
@@ -33,8 +30,17 @@ class _Mask:
     size: Size  # before resizing
     kind: str  # "binary" or a key of _WARNINGS
     kept: float  # share of the picture
-    inputs: int = 1  # of the network: with fit: region, one a region
+    views: int = 1  # with fit: region, one a region
     hole: int = 0  # with fit: region, the longest side of the largest hole
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in the files of a pair."""
+
+    image: Size
+    mask: _Mask
+    start: Size | None = None
 
 
 _WARNINGS = {
@@ -63,54 +69,76 @@ _WARNINGS = {
 }
 
 
-def check_pairs(
-    pairs: Sequence[Pair],
-    dataset: DatasetConfig,
-    image_size: int | None,
-    known_from: int | None = None,
-) -> list[int]:
-    """Read every image and mask once, and count the inputs of the network that each pair makes.
+class PairChecks:
+    """Looks at the files of pairs, one by one, and then says what is wrong with all of them."""
 
-    Warns, one line a kind, of masks in grey (unless they are cut into black and white) or in
-    colour, of masks that are dim all over, that keep everything, nothing or little, and of masks
-    that are not as large as their image; with fit: region, of holes that are larger than the
-    network's square, and of masks that leave the network nothing to see; without an image_size, of
-    pictures that are large. image_size, known_from: as for `load_example`. Raises UserError that
-    names the first file that cannot be read, or that has not the size of its image, where it must:
-    a picture to start from, and, with fit: region or without an image_size, a mask.
-    """
-    inspect = _inspect_photo_mask
-    if dataset.fit != "region":
-        inspect = partial(_inspect_mask, cut=known_from == CUT)
+    def __init__(
+        self, dataset: DatasetConfig, image_size: int | None, known_from: int | None = None
+    ):
+        """image_size, known_from: as for `decode_pair`."""
+        self.dataset, self.image_size = dataset, image_size
+        self.cut = known_from == CUT
+        self.fit_region = dataset.fit == "region"
+        self.masks: dict[str, _Mask] = {}  # by path, since one may serve all images
+        # The setting that needs masks of the size of their images; "": none.
+        self.needs_sizes = "image_size: null" if image_size is None else ""
+        self.needs_sizes = "fit: region" if self.fit_region else self.needs_sizes
 
-    def inspect_mask(path: str) -> _Mask:
-        return inspect(read_mask(path, dataset.mask_convention), image_size)
-
-    checked = list({(pair.image_path, pair.mask_path): pair for pair in pairs}.values())
-    pictures = (path for pair in pairs for path in (pair.image_path, pair.start_path) if path)
-    images = inspected(pictures, lambda path: read_rgb(path).size)
-    masks = inspected([pair.mask_path for pair in pairs], inspect_mask)
-    _check_starts(checked, images)
-    for message in _messages(checked, images, masks, dataset, image_size):
-        warnings.warn(message, UserWarning, stacklevel=2)
-    return [masks[pair.mask_path].inputs for pair in pairs]
-
-
-def inspected(paths: Iterable[str], inspect: Callable[[str], T]) -> dict[str, T]:
-    """path -> what is found in it. Raises UserError that names the first bad file."""
-
-    def found(path: str) -> T | UserError:
+    def inspect(self, files: PairFiles) -> Found | UserError:
+        """What is in these files, or why one of them cannot be decoded."""
         try:
-            return inspect(path)
+            image = files.image.rgb().size
+            start = files.start and files.start.rgb().size
+            if files.mask.path not in self.masks:
+                self.masks[files.mask.path] = self._inspect_mask(files.mask)
         except UserError as error:
             return error
+        return Found(image, self.masks[files.mask.path], start)
 
-    findings = for_each(paths, found)
-    errors = [finding for finding in findings.values() if isinstance(finding, UserError)]
-    if errors:
-        others = f" ({len(errors) - 1} more cannot be read either)" if errors[1:] else ""
-        raise UserError(f"{errors[0]}{others}")
-    return findings
+    def _inspect_mask(self, file: InputFile) -> _Mask:
+        mask = decode_mask(file, self.dataset.mask_convention)
+        if self.fit_region:
+            return _inspect_photo_mask(mask, self.image_size)
+        return _inspect_mask(mask, self.image_size, self.cut)
+
+    def fits(self, found: Found) -> bool:
+        """Whether mask and start picture are as large as they must be."""
+        mask_fits = not self.needs_sizes or found.mask.size == found.image
+        return mask_fits and found.start in (None, found.image)
+
+    def report(self, found: Mapping[Pair, Found | UserError]) -> None:
+        """Warn of what was found, one line a kind.
+
+        That is: masks in grey (unless they are cut into black and white) or in colour, masks that
+        are dim all over, that keep everything, nothing or little, and masks that are not as large
+        as their image; with fit: region, holes that are larger than the network's square, and masks
+        that leave the network nothing to see; without an image_size, pictures that are large.
+        Raises UserError that names the first file that cannot be read, or that has not the size of
+        its image, where it must: a picture to start from, and, with fit: region or without an
+        image_size, a mask.
+        """
+        errors = list(dict.fromkeys(str(e) for e in found.values() if isinstance(e, UserError)))
+        if errors:
+            others = f" ({len(errors) - 1} more cannot be read either)" if errors[1:] else ""
+            raise UserError(f"{errors[0]}{others}")
+        for message in self._messages(found):
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+    def _messages(self, found: Mapping[Pair, Found]) -> Iterator[str]:
+        """Warnings. Raises UserError."""
+        _check_starts(found)
+        masks = {pair.mask_path: each.mask for pair, each in found.items()}
+        for kind, text in _WARNINGS.items():
+            paths = [path for path, mask in masks.items() if mask.kind == kind]
+            if paths:
+                count = f"{len(paths)} of {len(masks)} masks, first {paths[0]},"
+                yield f"{count} {text.format(S=self.image_size)}"
+        yield from _convention_warnings(masks, self.dataset.mask_convention)
+        yield from _unequal_sizes(found, self.needs_sizes)
+        if self.fit_region:
+            yield from _large_holes(found, self.image_size)
+        if self.image_size is None:
+            yield from _large_pictures(found)
 
 
 def _inspect_mask(mask: Image.Image, image_size: int | None, cut: bool) -> _Mask:
@@ -138,20 +166,6 @@ def _is_coloured(mask: Image.Image) -> bool:
     return bool((highest.astype(int) - lowest).max() > COLOUR)
 
 
-def _check_starts(pairs: Sequence[Pair], sizes: Mapping[str, Size]) -> None:
-    """Raises UserError where an image and the picture to start from differ in size."""
-    started = [pair for pair in pairs if pair.start_path]
-    unequal = [pair for pair in started if sizes[pair.start_path] != sizes[pair.image_path]]
-    if unequal:
-        image, start = unequal[0].image_path, unequal[0].start_path
-        shown = ["{}x{}".format(*sizes[path]) for path in (image, start)]
-        raise UserError(
-            f"{len(unequal)} of {len(pairs)} images differ in size from their start picture, first "
-            f"{image} ({shown[0]}) and {start} ({shown[1]}): start_from needs pictures in the size "
-            "of the images"
-        )
-
-
 def _kind(values: np.ndarray, used: np.ndarray) -> str:
     """values: of a mask. used: as the sampler takes them, which may be cut at CUT."""
     if 0 < values.max() < CUT:
@@ -163,52 +177,62 @@ def _kind(values: np.ndarray, used: np.ndarray) -> str:
     return "binary"
 
 
-def _messages(
-    pairs: Sequence[Pair],
-    images: Mapping[str, Size],
-    masks: Mapping[str, _Mask],
-    dataset: DatasetConfig,
-    image_size: int | None,
-) -> Iterator[str]:
-    """Warnings. Raises UserError."""
-    for kind, text in _WARNINGS.items():
-        found = [path for path, mask in masks.items() if mask.kind == kind]
-        if found:
-            count = f"{len(found)} of {len(masks)} masks, first {found[0]},"
-            yield f"{count} {text.format(S=image_size)}"
-    yield from _convention_warnings(masks, dataset.mask_convention)
-    unequal = [pair for pair in pairs if images[pair.image_path] != masks[pair.mask_path].size]
+def _check_starts(found: Mapping[Pair, Found]) -> None:
+    """Raises UserError where an image and the picture to start from differ in size."""
+    sizes = {pair: (each.image, each.start) for pair, each in found.items() if each.start}
+    unequal = [pair for pair, (image, start) in sizes.items() if start != image]
     if unequal:
-        needing = "image_size: null" if image_size is None else ""
-        needing = "fit: region" if dataset.fit == "region" else needing
-        yield _about_sizes(unequal, len(pairs), images, masks, needing)
-    if dataset.fit == "region":
-        yield from _large_holes(pairs, masks, image_size)
-    if image_size is None:
-        yield from _large_pictures(pairs, images)
-
-
-def _large_pictures(pairs: Sequence[Pair], images: Mapping[str, Size]) -> Iterator[str]:
-    paths = [pair.image_path for pair in pairs]
-    large = [path for path in paths if math.prod(images[path]) > LARGE]
-    if large:
-        width, height = images[large[0]]
-        yield (
-            f"{len(large)} of {len(pairs)} pictures are larger than 1024x1024, first {large[0]} "
-            f"({width}x{height}): time grows with the square of their pixels; to work on squares "
-            "around the holes alone, set image_size: 512 and, in the dataset, fit: region"
+        raise UserError(
+            f"{len(unequal)} of {len(found)} images differ in size from their start picture, first "
+            f"{_shown(unequal[0].image_path, sizes[unequal[0]][0])} and "
+            f"{_shown(unequal[0].start_path, sizes[unequal[0]][1])}: start_from needs pictures in "
+            "the size of the images"
         )
 
 
-def _large_holes(
-    pairs: Sequence[Pair], masks: Mapping[str, _Mask], image_size: int
-) -> Iterator[str]:
-    large = [pair for pair in pairs if masks[pair.mask_path].hole > image_size]
+def _shown(path: str, size: Size) -> str:
+    return "{} ({}x{})".format(path, *size)
+
+
+def _unequal_sizes(found: Mapping[Pair, Found], needing: str) -> Iterator[str]:
+    """The warning about masks that have not the size of their image.
+
+    needing: the setting that needs masks of that size, for which it is an error; "": none.
+    """
+    unequal = [pair for pair, each in found.items() if each.image != each.mask.size]
+    if not unequal:
+        return
+    first, sizes = unequal[0], found[unequal[0]]
+    message = (
+        f"{len(unequal)} of {len(found)} images differ in size from their mask, first "
+        f"{_shown(first.image_path, sizes.image)} and {_shown(first.mask_path, sizes.mask.size)}: "
+    )
+    if needing:
+        raise UserError(f"{message}{needing} needs masks in the size of their images")
+    yield (
+        f"{message}each is resized and its centre cropped separately; check that they still fit "
+        "together"
+    )
+
+
+def _large_pictures(found: Mapping[Pair, Found]) -> Iterator[str]:
+    large = [pair for pair, each in found.items() if math.prod(each.image) > LARGE]
+    if large:
+        first = _shown(large[0].image_path, found[large[0]].image)
+        yield (
+            f"{len(large)} of {len(found)} pictures are larger than 1024x1024, first {first}: time "
+            "grows with the square of their pixels; to work on squares around the holes alone, set "
+            "image_size: 512 and, in the dataset, fit: region"
+        )
+
+
+def _large_holes(found: Mapping[Pair, Found], image_size: int) -> Iterator[str]:
+    large = [pair for pair, each in found.items() if each.mask.hole > image_size]
     if large:
         yield (
-            f"{len(large)} of {len(pairs)} photos have holes larger than the {image_size} pixels "
+            f"{len(large)} of {len(found)} photos have holes larger than the {image_size} pixels "
             f"that the network sees, first {large[0].image_path} "
-            f"({masks[large[0].mask_path].hole} pixels): what fills them is made smaller and then "
+            f"({found[large[0]].mask.hole} pixels): what fills them is made smaller and then "
             "enlarged, so that it is less sharp than the photo"
         )
 
@@ -222,28 +246,3 @@ def _convention_warnings(masks: Mapping[str, _Mask], convention: str) -> Iterato
             f"{len(meant)} of {len(masks)} masks, first {meant[0]}, keep less than a fifth of the "
             f"picture; if white (255) means {means} in your masks, set mask_convention: {other}"
         )
-
-
-def _about_sizes(
-    unequal: Sequence[Pair],
-    number: int,
-    images: Mapping[str, Size],
-    masks: Mapping[str, _Mask],
-    needing: str,
-) -> str:
-    """The warning about masks that have not the size of their image.
-
-    needing: the setting that needs masks of that size, for which it is an error; "": none.
-    """
-    image, mask = unequal[0].image_path, unequal[0].mask_path
-    sizes = ["{}x{}".format(*size) for size in (images[image], masks[mask].size)]
-    message = (
-        f"{len(unequal)} of {number} images differ in size from their mask, first "
-        f"{image} ({sizes[0]}) and {mask} ({sizes[1]}): "
-    )
-    if needing:
-        raise UserError(f"{message}{needing} needs masks in the size of their images")
-    return (
-        f"{message}each is resized and its centre cropped separately; check that they still fit "
-        "together"
-    )

@@ -6,11 +6,14 @@ stay as they are.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePath
 from typing import BinaryIO
 
@@ -38,13 +41,8 @@ _SOURCES = {
 def _how_to_get(path: str) -> str:
     if storage.is_remote(path):
         return ""
-    start = f" (relative paths start at the current directory, {os.getcwd()})"
-    return start + _hint(path)
-
-
-def _hint(path: str) -> str:
-    hints = (f"; {hint}" for start, hint in _SOURCES.items() if path.startswith(start))
-    return next(hints, "")
+    hints = (f"; {hint}" for folder, hint in _SOURCES.items() if path.startswith(folder))
+    return f" (relative paths start at the current directory, {os.getcwd()}){next(hints, '')}"
 
 
 def list_images(key: str, path: str) -> list[str]:
@@ -93,23 +91,63 @@ def load_prepared(path: str, image_size: int | None) -> np.ndarray:
     return resize_and_crop(read_rgb(path), image_size)
 
 
+@dataclass(frozen=True, eq=False)
+class InputFile:
+    """A picture's file, read once: its digest and its pixels are of the same bytes.
+
+    Its methods raise UserError where it is no picture, or a damaged one.
+    """
+
+    path: str
+    data: bytes
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    def rgb(self) -> Image.Image:
+        """The picture, decoded to its last pixel, upright, RGB of 8 bits."""
+        with self._opened() as image:
+            return _upright_rgb(image)
+
+    def upright(self) -> Image.Image:
+        """The picture, decoded to its last pixel, upright, in its own mode."""
+        with self._opened() as image:
+            return ImageOps.exif_transpose(image)  # always a copy
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of the upright picture, without decoding its pixels."""
+        with self._opened() as image:
+            width, height = image.size
+            return (width, height) if _lies_on_its_side(image) else (height, width)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
+        """The picture, to decode within the block."""
+        try:
+            yield Image.open(io.BytesIO(self.data))
+        except Exception as error:  # Pillow reports damaged files by many unrelated types
+            raise _unreadable(self.path, error) from error
+
+
+def read_input(path: str) -> InputFile:
+    """Read a picture's file, but decode nothing yet. Raises UserError."""
+    try:
+        with storage.open_binary(path) as file:
+            return InputFile(path, file.read())
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def read_upright(path: str) -> Image.Image:
-    """A picture, decoded to its last pixel, upright, in its own mode. Raises UserError."""
-    with _opened(path) as image:
-        return ImageOps.exif_transpose(image)  # always a copy
+    """A picture, upright, in its own mode. Raises UserError."""
+    return read_input(path).upright()
 
 
 def read_rgb(path: str) -> Image.Image:
-    """A picture, decoded to its last pixel, upright, RGB of 8 bits. Raises UserError."""
-    with _opened(path) as image:
-        return _upright_rgb(image)
-
-
-def read_size(path: str) -> tuple[int, int]:
-    """Height and width of a picture, upright, mostly from its first bytes. Raises UserError."""
-    with _opened(path) as image:
-        width, height = image.size
-        return (width, height) if _lies_on_its_side(image) else (height, width)
+    """A picture, upright, RGB of 8 bits. Raises UserError."""
+    return read_input(path).rgb()
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
@@ -135,16 +173,8 @@ def _kinds_of_chunks(file: BinaryIO) -> set[bytes]:
     return kinds
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """A picture to decode within the block. Raises UserError for whatever happens there."""
-    try:
-        with storage.open_binary(path) as file:
-            yield Image.open(file)
-    except Exception as error:  # Pillow reports damaged files by many unrelated types
-        raise UserError(
-            f"cannot read image {path}: {reason(error)}; replace or remove the file"
-        ) from error
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(f"cannot read image {path}: {reason(error)}; replace or remove the file")
 
 
 def reason(error: Exception) -> str:

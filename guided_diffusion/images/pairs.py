@@ -1,21 +1,17 @@
-"""Images and masks: paired, as tensors, and back to bytes.
-
-An image's tensor is in [-1, 1], a keep mask's in [0, 1] (1 = keep, 0 = fill in); both have three
-channels. "Prepared" means uint8 RGB, (S, S, 3), S = image_size; (H, W, 3) where that is None.
-"""
+"""Images and masks: which go together, and the files of each pair, read once."""
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import PurePath
 from typing import TypeVar
 
 from guided_diffusion.config import UserError
-from guided_diffusion.images.files import list_images
+from guided_diffusion.images.files import InputFile, list_images, read_input
 from guided_diffusion.machine import storage
 
 READERS = 4  # threads
@@ -32,6 +28,20 @@ class Pair:
     mask_path: str
     name: str  # of the results, relative to each output folder, with "/": "sub/x.png"
     start_path: str | None = None  # the picture to start from; None: pure noise
+
+    @property
+    def paths(self) -> tuple[str, str, str | None]:
+        """Of the image, of the mask, and of the picture to start from."""
+        return self.image_path, self.mask_path, self.start_path
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """The files of a pair."""
+
+    image: InputFile
+    mask: InputFile
+    start: InputFile | None = None
 
 
 # ---- Which image goes with which mask ----
@@ -117,20 +127,27 @@ def _result_names(gt_path: str, images: list[str]) -> list[str]:
     return list(image_of)
 
 
-def for_each(paths: Iterable[str], function: Callable[[str], T]) -> dict[str, T]:
-    """path -> function(path), computed once for each, in several threads, as files may be far off.
+# ---- Their files ----
 
-    In the order of the paths.
+
+def read_pair(pair: Pair, read: Callable[[str], InputFile] = read_input) -> PairFiles:
+    """Raises UserError for a file that cannot be read."""
+    return PairFiles(*(path and read(path) for path in pair.paths))
+
+
+def for_each_pair(pairs: Iterable[Pair], function: Callable[[Pair, PairFiles], T]) -> dict[Pair, T]:
+    """pair -> function(pair, its files), in several threads, as files may be far off.
+
+    Each file is read once. Only those that serve several pairs are kept in memory meanwhile.
+    In the order of the pairs. Raises UserError for a file that cannot be read.
     """
-    paths = list(dict.fromkeys(paths))
-    parts = [paths[i::READERS] for i in range(READERS)]
+    pairs = list(dict.fromkeys(pairs))
+    uses = Counter(path for pair in pairs for path in pair.paths if path)
+    shared = {path: read_input(path) for path, number in uses.items() if number > 1}
+
+    def read(path: str) -> InputFile:
+        return shared.get(path) or read_input(path)
+
     with ThreadPoolExecutor(READERS) as readers:
-        done = readers.map(lambda part: [(path, function(path)) for path in part], parts)
-        results = dict(chain.from_iterable(done))
-    return {path: results[path] for path in paths}
-
-
-# ---- From a file to a tensor ----
-
-
-# ---- From a tensor to a file ----
+        results = readers.map(lambda pair: function(pair, read_pair(pair, read)), pairs)
+        return dict(zip(pairs, results, strict=True))

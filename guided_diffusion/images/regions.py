@@ -190,11 +190,11 @@ def _lie_in(boxes: np.ndarray, outer: np.ndarray) -> np.ndarray:
 def _placed(box: np.ndarray, side: int, shape: tuple[int, int]) -> tuple[int, int]:
     """Left and top of a square around a box: in the photo, or evenly over it where it is larger."""
     height, width = shape
-    left = _start(box[_LEFT] + box[_RIGHT], side, width)
-    return left, _start(box[_TOP] + box[_BOTTOM], side, height)
+    left = _first(box[_LEFT] + box[_RIGHT], side, width)
+    return left, _first(box[_TOP] + box[_BOTTOM], side, height)
 
 
-def _start(twice_the_middle: int, side: int, length: int) -> int:
+def _first(twice_the_middle: int, side: int, length: int) -> int:
     if side >= length:
         return -((side - length) // 2)
     return int(np.clip((twice_the_middle - side) // 2, 0, length - side))

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from guided_diffusion.images.files import read_rgb
+from guided_diffusion.images.files import InputFile
 
 
-def read_mask(path: str, convention: str = "keep") -> Image.Image:
+def decode_mask(file: InputFile, convention: str = "keep") -> Image.Image:
     """A mask in RGB, white = keep whatever its convention ("keep" or "fill"). Raises UserError."""
-    mask = read_rgb(path)
+    mask = file.rgb()
     return ImageOps.invert(mask) if convention == "fill" else mask
 
 

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from guided_diffusion.config import CUT, DatasetConfig
-from guided_diffusion.images.files import read_rgb, resize_and_crop
-from guided_diffusion.images.pairs import Pair
+from guided_diffusion.images.files import resize_and_crop
+from guided_diffusion.images.pairs import PairFiles
 from guided_diffusion.images.regions import (
     Region,
     cut_image,
@@ -29,12 +29,12 @@ from guided_diffusion.images.regions import (
     keep_of,
     paste,
 )
-from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, read_mask, to_bytes
+from guided_diffusion.images.tensors import decode_mask, image_to_tensor, mask_to_tensor, to_bytes
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What the network sees of a pair."""
+    """One square that the network sees of a pair; without an image_size, all of the picture."""
 
     image: torch.Tensor  # (3, H, W) float32 in [-1, 1]; H = W = S if there is an image_size S
     keep_mask: torch.Tensor  # (3, H, W) float32 in [0, 1]; 1 = keep, 0 = fill in
@@ -60,7 +60,7 @@ class Crop:
     start: np.ndarray | None = None  # uint8 (H, W, 3)
     views = 1
 
-    def view(self, k: int = 0) -> View:
+    def view(self, number: int = 0) -> View:
         """The picture itself, the only one."""
         start = None if self.start is None else image_to_tensor(self.start)
         return View(image_to_tensor(self.image), mask_to_tensor(self.mask), start)
@@ -99,9 +99,9 @@ class Photo:
         """How many there are: one a region, none if nothing is to be filled in."""
         return len(self.regions)
 
-    def view(self, k: int) -> View:
-        """The k-th region, scaled to the network's size."""
-        region = self.regions[k]
+    def view(self, number: int) -> View:
+        """A region, scaled to the network's size."""
+        region = self.regions[number]
         image = cut_image(self.image, self.keep, region, self.image_size)
         keep = cut_keep(self.keep, region, self.image_size)
         keep_mask = torch.from_numpy(keep).float().expand(3, -1, -1)  # (3, S, S)
@@ -120,24 +120,26 @@ class Photo:
         return Companions(self.image, self.image * keep, keep * np.uint8(255))
 
 
-def load_example(
-    pair: Pair,
+Picture = Crop | Photo
+
+
+def decode_pair(
+    files: PairFiles,
     dataset: DatasetConfig,
     image_size: int | None,
     *,
     flip: bool = False,
     known_from: int | None = None,
-) -> Crop | Photo:
-    """Read a pair. Raises UserError that names a bad file.
+) -> Picture:
+    """A pair of its files. Raises UserError that names a bad one.
 
     The picture to start from is prepared as the image is. image_size: None: pictures are left as
     they are, and the mask must be as large as the image. flip: a crop is mirrored left to right.
     known_from: of a crop, the level of the prepared mask from which pixels come out as they are;
     CUT: the mask is cut there. A photo's mask is always cut, and its known pixels never change.
     """
-    image = read_rgb(pair.image_path)
-    mask = read_mask(pair.mask_path, dataset.mask_convention)
-    starts = [read_rgb(pair.start_path)] if pair.start_path else []
+    image, mask = files.image.rgb(), decode_mask(files.mask, dataset.mask_convention)
+    starts = [files.start.rgb()] if files.start else []
     if dataset.fit == "region":
         return Photo(np.asarray(image), keep_of(mask), image_size, *map(np.asarray, starts))
     prepared = [resize_and_crop(picture, image_size) for picture in (image, mask, *starts)]

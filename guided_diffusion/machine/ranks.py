@@ -1,7 +1,7 @@
-"""One process or many: who this one is, and what all of them share.
+"""One rank or many, each a process of the operating system: who this one is, and what all share.
 
 Processes are started by torchrun, which tells each its rank by environment variables. What they
-share lies in torch.distributed's own key-value store; a process on its own has a store to itself,
+share lies in torch.distributed's own key-value store; a rank on its own has a store to itself,
 so that there is one code path.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-JOINING = timedelta(minutes=5)  # for the slowest process to start
+JOINING = timedelta(minutes=5)  # for the slowest rank to start
 WAITING = timedelta(hours=12)  # for rank 0, which may have many files to look through
 LEAVING = 60  # seconds for the others to read what they still need
 TALLYING = 0.5  # seconds between two looks at a sum
@@ -33,7 +33,7 @@ TALLYING = 0.5  # seconds between two looks at a sum
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of a run."""
+    """This rank among those of a run."""
 
     rank: int = 0
     size: int = 1
@@ -41,7 +41,7 @@ class World:
     local_size: int = 1
 
     def label(self, text: str) -> str:
-        """The text with this process's rank before each line, if there are several processes."""
+        """The text with this rank's number before each line, if there are several ranks."""
         if self.size == 1:
             return text
         return "\n".join(f"[rank {self.rank}] {line}" for line in text.split("\n"))
@@ -64,7 +64,7 @@ ALONE = World()
 
 
 def read_world() -> World:
-    """What torchrun says of this process. Raises UserError if a part of it is missing."""
+    """What torchrun says of this rank. Raises UserError if a part of it is missing."""
     if not os.environ.get("WORLD_SIZE"):
         return ALONE
     size = _variable("WORLD_SIZE", least=1)
@@ -80,7 +80,7 @@ def read_world() -> World:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again, after one of them died."""
+    """Whether torchrun has started this rank again, after one of them died."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
@@ -101,7 +101,7 @@ def _incomplete(name: str, found: str, accepted: str) -> UserError:
 
 
 class Team:
-    """The processes of a run, through the store that they share."""
+    """The ranks of a run, through the store that they share."""
 
     def __init__(self, world: World, store: Store):
         self.world = world
@@ -118,10 +118,10 @@ class Team:
         encode: Callable[[T], Any] = lambda made: made,
         decode: Callable[[Any], T] = lambda content: content,
     ) -> T:
-        """What rank 0 makes, in every process.
+        """What rank 0 makes, in every rank.
 
         name: of a kind of its own for each call. encode, decode: to what JSON can hold, and back.
-        Raises the UserError that `make` raises on rank 0, in every process.
+        Raises the UserError that `make` raises on rank 0, in every rank.
         """
         if self.is_first:
             try:
@@ -139,7 +139,7 @@ class Team:
         return decode(shared["made"])
 
     def add(self, name: str, number: int) -> int:
-        """Add to a sum that all processes share; its value afterwards."""
+        """Add to a sum that all ranks share; its value afterwards."""
         with _contact():
             return self.store.add(name, number)
 
@@ -161,7 +161,7 @@ class Team:
             self.store.compare_set("stopped", "", self.world.label(reason))
 
     def check(self) -> None:
-        """Raises UserError if another process has called `stop`."""
+        """Raises UserError if another rank has called `stop`."""
         with _contact():
             if self.world.size > 1 and self.store.check(["stopped"]):
                 raise UserError(f"stopped, because of {self.store.get('stopped').decode()}")
@@ -173,7 +173,7 @@ class Team:
 
 @contextmanager
 def _contact() -> Iterator[None]:
-    """What the store raises when its process is gone, as a UserError."""
+    """What the store raises when its rank is gone, as a UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -184,7 +184,7 @@ def _contact() -> Iterator[None]:
 
 
 class Tally:
-    """A sum that all processes share; the store is asked only every so many seconds."""
+    """A sum that all ranks share; the store is asked only every so many seconds."""
 
     def __init__(self, team: Team, name: str, interval: float):
         self.team, self.name, self.interval = team, name, interval
@@ -209,8 +209,8 @@ class Tally:
 
 
 def join(world: World) -> Team:
-    """Meet the other processes. Raises UserError if they cannot be reached in time."""
-    # Torch takes a second to import; who this process is can be asked without.
+    """Meet the other ranks. Raises UserError if they cannot be reached in time."""
+    # Torch takes a second to import; who this rank is can be asked without.
     from torch.distributed import HashStore, PrefixStore, rendezvous
 
     if world.size == 1:
@@ -229,7 +229,7 @@ def join(world: World) -> Team:
 
 
 def _meet(world: World, store: Store) -> str:
-    """A name for what these processes share: torchrun may keep its store over restarts.
+    """A name for what these ranks share: torchrun may keep its store over restarts.
 
     TORCHELASTIC_RESTART_COUNT would not do: each agent counts for itself.
     """
@@ -243,7 +243,7 @@ def _meet(world: World, store: Store) -> str:
     end = time.monotonic() + JOINING.total_seconds()
     while absent and time.monotonic() < end:
         for rank in tuple(absent):
-            # A greeting may be that of a process that has died: who lives says that it is here.
+            # A greeting may be that of a rank that has died: who lives says that it is here.
             if store.check([f"repaint/greeting/{rank}"]):
                 greeting = store.get(f"repaint/greeting/{rank}").decode()
                 store.set(f"repaint/answer/{greeting}", name)

@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from guided_diffusion.config import UserError
+
 if TYPE_CHECKING:
     from blobfile import Context, Stat
 
@@ -28,7 +30,24 @@ if TYPE_CHECKING:
 RETRIES = 10
 CONNECT_SECONDS, READ_SECONDS = 5, 20  # until a server that does not answer counts as failing
 
+Errors = type[Exception] | tuple[type[Exception], ...]
+
 PIECE = 2**23  # bytes of a file that are held in memory
+
+
+@contextmanager
+def writing(what: str, advice: str = "", key: str = "", errors: Errors = OSError) -> Iterator[None]:
+    """Errors of a block that writes become a UserError: "cannot write …".
+
+    what: mostly a path. advice: what to do about it. key: of the setting or option that names the
+    path. errors: those that mean so.
+    """
+    try:
+        yield
+    except errors as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n", 1)[0]
+        line = f"{key and key + ': '}cannot write {what}: {reason}{advice and '; ' + advice}"
+        raise UserError(line) from error
 
 
 def is_remote(path: str) -> bool:

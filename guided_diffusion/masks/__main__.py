@@ -286,12 +286,10 @@ def _check_apart(source: str, targets: list[str]) -> None:
 
 
 def _check_free(targets: list[str], out: str, overwrite: bool) -> None:
-    try:
+    with storage.writing(out, key="OUT"):
         existing = [] if overwrite else [path for path in targets if storage.exists(path)]
         for folder in {os.path.dirname(path) for path in targets}:
             storage.check_writable(folder)
-    except OSError as error:
-        raise _cannot_write(out, error) from error
     if existing:
         more = f" (and {len(existing) - 1} more)" if existing[1:] else ""
         raise UserError(
@@ -305,17 +303,10 @@ def _write(targets: list[str], masks: Masks, out: str) -> None:
     for mask in masks:
         kept += mask.mean() / 255
         files.append(encode_png(mask))
-    try:
-        with ThreadPoolExecutor(WRITERS) as writers:
-            list(writers.map(storage.write_atomically, targets, files))
-    except OSError as error:
-        raise _cannot_write(out, error) from error
+    with storage.writing(out, key="OUT"), ThreadPoolExecutor(WRITERS) as writers:
+        list(writers.map(storage.write_atomically, targets, files))
     number = "1 mask" if len(files) == 1 else f"{len(files):,} masks"
     print(f"written: {out}, {number}; {kept / len(files):.1%} of the pixels are kept")
-
-
-def _cannot_write(out: str, error: OSError) -> UserError:
-    return UserError(f"OUT: cannot write {out}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ _ENCODED = re.compile(r"[=*?\[\]]|\.(?=(?:gif|webp|png)(?:/|$))", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class ProcessLog:
+class FilmLog:
     """Writes the process of each picture. Its methods raise OSError where that is impossible."""
 
     folder: str  # for all pictures; may be remote
@@ -154,7 +154,7 @@ class Stage:
     def __init__(
         self, times: Sequence[int], noise_levels: Sequence[float], picture_size: tuple[int, int]
     ):
-        """times, noise_levels: see `ProcessLog`. picture_size: width and height of the pictures."""
+        """times, noise_levels: see `FilmLog`. picture_size: width and height of the pictures."""
         self.times, self.noise_levels = times, noise_levels
         self.shown = shown_size(picture_size)
         self.column = max(self.shown[0], SMALLEST)  # a narrow picture has room for its label

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from guided_diffusion.config import UserError
+from guided_diffusion.machine import storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,8 +40,6 @@ def schedule_figure(schedules: Mapping[str, list[int]], title: str) -> Figure:
 
 
 def save_figure(figure: Figure, out: str) -> None:
-    try:
+    """Raises UserError where that is impossible, or the kind of file is not known."""
+    with storage.writing(f"the plot to {out}", errors=(OSError, ValueError)):
         figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write the plot to {out}: {reason}") from error

@@ -8,20 +8,19 @@ import random
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from guided_diffusion.config import Config, DatasetConfig, UserError
-from guided_diffusion.images.checks import check_pairs, inspected
-from guided_diffusion.images.files import read_size
-from guided_diffusion.images.pairs import Pair, find_pairs, for_each
+from guided_diffusion.images.checks import Found, PairChecks
+from guided_diffusion.images.pairs import Pair, PairFiles, find_pairs, for_each_pair
 from guided_diffusion.images.tensors import flip_decision
 from guided_diffusion.machine import storage
-from guided_diffusion.machine.ranks import Team
+from guided_diffusion.machine.ranks import Team, restarted
 from guided_diffusion.run.recipe import Recipe
 from guided_diffusion.run.records import History, Origin, Records, beside
 from guided_diffusion.scheduler import count_evaluations
@@ -40,14 +39,14 @@ class Task:
     origin: Origin
     is_first_sample: bool  # of its image
     size: tuple[int, int] | None = None  # height and width; None: the square of image_size
-    inputs: int = 1  # of the network: with fit: region, one a region
+    views: int = 1  # of the picture: with fit: region, one a region
 
     @property
-    def log_names(self) -> list[str]:
-        """Under which the process of each input is shown."""
-        if self.inputs < 2:
+    def film_names(self) -> list[str]:
+        """Under which the film of each view is shown."""
+        if self.views < 2:
             return [self.name]
-        return [region_name(self.name, k) for k in range(self.inputs)]
+        return [region_name(self.name, number) for number in range(self.views)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Plan:
 
     config: Config  # with the seed that will be used
     tasks: list[Task]  # in the order of work
-    evaluations: int  # of the network, per input
+    evaluations: int  # of the network, per view
     batch_size: int | Literal["auto"]  # to begin with; auto: still to be measured
     run: int  # a number that no earlier run of this folder has
     done: frozenset[str]  # names of results that are there already
@@ -73,8 +72,13 @@ class Plan:
 
     @property
     def total_evaluations(self) -> int:
-        """One for each input of the network."""
-        return sum(task.inputs for task in self.tasks) * self.evaluations
+        """Of all views."""
+        return self.views * self.evaluations
+
+    @property
+    def views(self) -> int:
+        """Of all pictures."""
+        return sum(task.views for task in self.tasks)
 
     @cached_property
     def batches(self) -> list[list[Task]]:
@@ -108,8 +112,8 @@ class Plan:
         return self._beside_results("report.html")
 
     @property
-    def process_dir(self) -> str:
-        """Where pictures of the process go."""
+    def film_dir(self) -> str:
+        """Where what is shown of sampling goes."""
         return self._beside_results("process")
 
     def _beside_results(self, name: str) -> str:
@@ -131,7 +135,7 @@ class Plan:
             f"masks from {d.mask_path}{each}, "
             f"batch size {self.batch_size}{' (auto)' * measured}",
             f"{counted(self.evaluations, 'network evaluation')} per "
-            f"{self.input_noun}, {self.total_evaluations:,} in all{self._regions()}",
+            f"{self.view_noun}, {self.total_evaluations:,} in all{self._regions()}",
             *([f"starts from {self.start}, not from pure noise"] if self.start else []),
             f"seed {seed} (to repeat this run: --set seed={seed})",
             f"device {device}, {speed.describe()}",
@@ -148,10 +152,10 @@ class Plan:
     def _regions(self) -> str:
         if self.dataset.fit != "region":
             return ""
-        return f" for {counted(sum(task.inputs for task in self.tasks), 'region')}"
+        return f" for {counted(self.views, 'region')}"
 
     @property
-    def input_noun(self) -> str:
+    def view_noun(self) -> str:
         """What one run of the sampler is for."""
         if self.dataset.fit == "region":
             return "region"
@@ -184,7 +188,7 @@ class Plan:
 def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
     """Tasks in batches of pictures of one size; sizes follow in the order of their first pictures.
 
-    Those of a size come together, for layers and graphs are made ready anew whenever it changes.
+    Those of a size come together, because layers and graphs are made ready anew when it changes.
     """
     alike: dict[tuple[int, int] | None, list[Task]] = {}
     for task in tasks:
@@ -196,24 +200,21 @@ def make_batches(tasks: Sequence[Task], batch_size: int) -> list[list[Task]]:
     ]
 
 
-def region_name(name: str, k: int) -> str:
-    """Of the k-th region of a picture: "x_region1.png"."""
-    return f"{name.removesuffix('.png')}_region{k + 1}.png"
+def region_name(name: str, number: int) -> str:
+    """Of a region of a picture, counted from 0: "x_region1.png"."""
+    return f"{name.removesuffix('.png')}_region{number + 1}.png"
 
 
-def stream_of_view(stream: int, k: int) -> int:
-    """The seed for the k-th view of a picture; that of the first is the picture's own."""
-    if k == 0:
+def stream_of_view(stream: int, number: int) -> int:
+    """The seed for a view of a picture; that of view 0 is the picture's own."""
+    if number == 0:
         return stream
-    return int(np.random.SeedSequence((stream, k)).generate_state(1, np.uint64)[0]) >> 2
+    return int(np.random.SeedSequence((stream, number)).generate_state(1, np.uint64)[0]) >> 2
 
 
 def counted(number: int, noun: str) -> str:
     """ "1 image", "2 images"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-# ---- What the pixels follow from --------------------------------------------------------------
 
 
 # ---- Planning ---------------------------------------------------------------------------------
@@ -233,48 +234,38 @@ def make_plan(
     overwrite: no earlier result counts. dry_run: another run may be at work meanwhile.
     """
     dataset = config.dataset
-    if dataset is None:
-        raise UserError(f"{config.source}: data.eval: missing; name one dataset")
     recipe.start_hashing()
     pairs = find_pairs(
         dataset.gt_path, dataset.mask_path, dataset.offset, dataset.max_len, config.start_path
     )
     for folder in [dataset.inpainted_dir, *companion_folders(dataset)]:
-        _check_output_folder(folder)
+        advice = "change `paths` in the config, or the folder's permissions"
+        with storage.writing(f"in the output folder {folder}", advice):
+            storage.check_writable(folder)
     if not dry_run and storage.is_dir(records.folder):
         records.lock()
     history = records.history()
-    seed = _seed(config, history, overwrite)
+    config = replace(config, seed=_seed(config, history, overwrite))
     if not dataset.deterministic:
-        random.Random(seed).shuffle(pairs)
+        random.Random(config.seed).shuffle(pairs)
     size = dataset.batch_size
     if size == "auto" and recipe.device.type != "cuda":
         size = 1  # elsewhere, larger batches are hardly faster
-    tasks = _make_tasks(replace(config, seed=seed), pairs)
+    earlier = _Earlier(existing(dataset.inpainted_dir), history, recipe, overwrite)
+    tasks = _look_through(pairs, config, earlier)
     if dataset.drop_last:
         tasks = _whole_batches(tasks, size, config.source)
-    done, redo = _earlier_results(tasks, dataset, history, recipe, overwrite)
-    plan = Plan(
-        config=replace(config, seed=seed),
+    _warn_of_others(earlier.sizes.keys() - {task.name for task in tasks}, dataset.inpainted_dir)
+    reasons = {task.name: earlier.why_again(task) for task in tasks}
+    return Plan(
+        config=config,
         tasks=tasks,
         evaluations=count_evaluations(times),
         batch_size=size,
         run=history.run + 1,
-        done=done,
-        redo=redo,
+        done=frozenset(name for name, reason in reasons.items() if reason == ""),
+        redo={name: reason for name, reason in reasons.items() if reason},
     )
-    return _checked(plan, history)
-
-
-def _checked(plan: Plan, history: History) -> Plan:
-    """The plan, with the inputs of the network counted. Raises UserError for what is to be done."""
-    missing = [task for task in plan.tasks if task.name not in plan.done]
-    pairs = [task.pair for task in missing]
-    config = plan.config
-    counts = check_pairs(pairs, plan.dataset, config.image_size, config.known_from)
-    inputs = {name: history.results[name].inputs for name in plan.done}
-    inputs |= {task.name: count for task, count in zip(missing, counts, strict=True)}
-    return replace(plan, tasks=[replace(task, inputs=inputs[task.name]) for task in plan.tasks])
 
 
 def _seed(config: Config, history: History, overwrite: bool) -> int:
@@ -286,18 +277,34 @@ def _seed(config: Config, history: History, overwrite: bool) -> int:
     return secrets.randbelow(MAX_SEED)
 
 
-def _make_tasks(config: Config, pairs: Sequence[Pair]) -> list[Task]:
-    """Raises UserError for a file that cannot be read."""
-    paths = (
-        path
-        for pair in pairs
-        for path in (pair.image_path, pair.mask_path, pair.start_path)
-        if path
-    )
-    digest = for_each(paths, input_digest)
-    images = [pair.image_path for pair in pairs]
-    sizes = inspected(images, read_size) if config.image_size is None else {}
+def _look_through(pairs: Sequence[Pair], config: Config, earlier: _Earlier) -> list[Task]:
+    """What there is to make of these pairs; each file is read once, and checked if it is needed.
+
+    Raises UserError for files that cannot be read, or do not go together.
+    """
+    checks = PairChecks(config.dataset, config.image_size, config.known_from)
+
+    def look(pair: Pair, files: PairFiles) -> tuple[list[Task], Found | UserError | None]:
+        try:
+            tasks = _tasks_of(pair, files, config)
+        except UserError as error:
+            return [], error
+        finished = all(earlier.why_again(task) == "" for task in tasks)
+        return tasks, None if finished else checks.inspect(files)
+
+    looked = for_each_pair(pairs, look)
+    checks.report({pair: found for pair, (_, found) in looked.items() if found})
+    return [
+        replace(task, views=found.mask.views if found else earlier.history.results[task.name].views)
+        for tasks, found in looked.values()
+        for task in tasks
+    ]
+
+
+def _tasks_of(pair: Pair, files: PairFiles, config: Config) -> list[Task]:
+    """One for each sample. Raises UserError where the image has no size."""
     samples, seed = config.samples_per_image, config.seed
+    size = files.image.size() if config.image_size is None else None
     return [
         Task(
             pair,
@@ -305,26 +312,15 @@ def _make_tasks(config: Config, pairs: Sequence[Pair]) -> list[Task]:
             Origin(
                 stream=seed + pair.index + sample * STREAMS,
                 flip=config.dataset.random_flip and flip_decision(seed, pair.index),
-                image=digest[pair.image_path],
-                mask=digest[pair.mask_path],
-                start=pair.start_path and digest[pair.start_path],
+                image=files.image.digest,
+                mask=files.mask.digest,
+                start=files.start and files.start.digest,
             ),
             is_first_sample=sample == 0,
-            size=sizes.get(pair.image_path),
+            size=size,
         )
-        for pair in pairs
         for sample in range(samples)
     ]
-
-
-def input_digest(path: str) -> str:
-    """SHA-256 of an image or a mask. Raises UserError."""
-    try:
-        return storage.file_digest(path)[1]
-    except OSError as error:
-        raise UserError(
-            f"cannot read image {path}: {error.strerror or error}; replace or remove the file"
-        ) from error
 
 
 def _whole_batches(tasks: list[Task], batch_size: int, source: str) -> list[Task]:
@@ -339,33 +335,26 @@ def _whole_batches(tasks: list[Task], batch_size: int, source: str) -> list[Task
     return [task for task in tasks if task.name in kept]
 
 
-def _earlier_results(
-    tasks: Sequence[Task],
-    dataset: DatasetConfig,
-    history: History,
-    recipe: Recipe,
-    overwrite: bool,
-) -> tuple[frozenset[str], dict[str, str]]:
-    """Names of the results that count, and of those that are there but do not, with reasons."""
-    sizes = existing(dataset.inpainted_dir)
-    _warn_of_others(sizes.keys() - {task.name for task in tasks}, dataset.inpainted_dir)
-    done, redo = set(), {}
-    differences = cache(lambda digest: history.differences(digest, recipe.settings))
-    for task in tasks:
-        if task.name not in sizes:
-            continue
-        result = history.results.get(task.name)
-        if overwrite:
-            redo[task.name] = "--overwrite was given"
-        elif result is None:
-            redo[task.name] = "it is not known how it was made"
-        elif result.bytes != sizes[task.name]:
-            redo[task.name] = "its file was changed by something else"
-        elif reason := differences(result.digest) or result.origin.differences(task.origin):
-            redo[task.name] = reason
-        else:
-            done.add(task.name)
-    return frozenset(done), redo
+class _Earlier:
+    """What earlier runs have made, and whether it counts."""
+
+    def __init__(self, sizes: dict[str, int], history: History, recipe: Recipe, overwrite: bool):
+        """sizes: in bytes, of the results that are there, by name. overwrite: none counts."""
+        self.sizes, self.history, self.overwrite = sizes, history, overwrite
+        self.differences = cache(lambda digest: history.differences(digest, recipe.settings))
+
+    def why_again(self, task: Task) -> str | None:
+        """Why a result is made again; "" if it counts, None if there is none. Raises UserError."""
+        if task.name not in self.sizes:
+            return None
+        if self.overwrite:
+            return "--overwrite was given"
+        result = self.history.results.get(task.name)
+        if result is None:
+            return "it is not known how it was made"
+        if result.bytes != self.sizes[task.name]:
+            return "its file was changed by something else"
+        return self.differences(result.digest) or result.origin.differences(task.origin)
 
 
 def _warn_of_others(names: Set[str], folder: str) -> None:
@@ -395,61 +384,66 @@ def companion_folders(d: DatasetConfig) -> list[str]:
     return [folder for folder in folders if folder is not None]
 
 
-def _check_output_folder(folder: str) -> None:
-    try:
-        storage.check_writable(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write in the output folder {folder}: {error.strerror or error}; change "
-            "`paths` in the config, or the folder's permissions"
-        ) from error
+# ---- For all ranks ----------------------------------------------------------------------------
 
 
-# ---- For other processes ----------------------------------------------------------------------
+@dataclass(frozen=True)
+class Job:
+    """A plan, and what it takes to carry it out besides a network."""
+
+    plan: Plan
+    recipe: Recipe
+    records: Records
+    team: Team
+
+    def settled(self, **fields: Any) -> Job:
+        """With these fields of the plan."""
+        return replace(self, plan=replace(self.plan, **fields))
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        return self.plan.describe(self.recipe.device, self.recipe.speed)
 
 
-def share_plan(
-    team: Team,
+def make_job(
     config: Config,
     times: Sequence[int],
     recipe: Recipe,
-    records: Records,
-    overwrite: bool,
-) -> Plan:
-    """The plan that rank 0 makes, in every process. Raises UserError."""
-    return team.share(
-        "plan",
-        lambda: make_plan(config, times, recipe, records, overwrite=overwrite),
-        to_json,
-        lambda content: from_json(config, content),
-    )
+    team: Team,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Job:
+    """The job of this rank; rank 0 makes the plan for all, see `make_plan`. Raises UserError.
+
+    overwrite: does not count for ranks that torchrun has started again. dry_run: each rank makes
+    a plan of its own.
+    """
+    overwrite = overwrite and not restarted()
+    records = Records(config.dataset.inpainted_dir, team.world.rank)
+    make = partial(make_plan, config, times, recipe, records, overwrite=overwrite, dry_run=dry_run)
+    plan = make() if dry_run else team.share("plan", make, to_json, partial(from_json, config))
+    return Job(plan, recipe, records, team)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """What another process needs of a plan, besides the config."""
-    content = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    del content["config"]
-    return content | {
-        "seed": plan.config.seed,
-        "tasks": [asdict(task) for task in plan.tasks],
-        "done": sorted(plan.done),
-    }
+    """What another rank needs of a plan; of the config, that is its seed."""
+    content = asdict(replace(plan, config=None))
+    return content | {"config": plan.config.seed, "done": sorted(plan.done)}
 
 
 def from_json(config: Config, content: dict[str, Any]) -> Plan:
     """The plan that `to_json` was given. config: as it was loaded."""
-    fields = dict(content)
-    fields["config"] = replace(config, seed=fields.pop("seed"))
-    fields["tasks"] = [
-        Task(
-            **task
-            | {
-                "pair": Pair(**task["pair"]),
-                "origin": Origin(**task["origin"]),
-                "size": task["size"] and tuple(task["size"]),
-            }
-        )
-        for task in fields["tasks"]
-    ]
-    fields["done"] = frozenset(fields["done"])
-    return Plan(**fields)
+    return Plan(
+        **content
+        | {
+            "config": replace(config, seed=content["config"]),
+            "tasks": [_task_from_json(task) for task in content["tasks"]],
+            "done": frozenset(content["done"]),
+        }
+    )
+
+
+def _task_from_json(content: dict[str, Any]) -> Task:
+    pair, origin = Pair(**content["pair"]), Origin(**content["origin"])
+    size = content["size"] and tuple(content["size"])
+    return Task(**content | {"pair": pair, "origin": origin, "size": size})

@@ -12,7 +12,7 @@ from guided_diffusion.machine.ranks import Team
 class ProgressReport:
     """Shows evaluations, one for each image of a batch; the context in which a run works.
 
-    Of several processes, that of rank 0 shows what all of them have done.
+    Of several ranks, the first shows what all of them have done.
     """
 
     warm_up = 1  # calls of the network that are not timed: the first is always slow
@@ -26,10 +26,10 @@ class ProgressReport:
         self.show_bar = show_bar and team.is_first
         self.team = team
         self.tally = team.tally("evaluations")
-        self.done = 0  # by all processes
+        self.done = 0  # by all ranks
         self.own = 0  # by this one
         self.batch_done = 0  # of this one's batch
-        self.inputs = self.input_calls = 0  # a call is one evaluation of so many inputs
+        self.views = self.view_calls = 0  # a call is one evaluation of so many views
         self.calls = 0  # since the clock was started
         self.timed_from = (0.0, 0)  # (seconds, own evaluations done)
 
@@ -47,19 +47,19 @@ class ProgressReport:
 
     def start_batch(self, images_before: int, batch_size: int) -> None:
         self.batch_done = 0
-        self.start_inputs(batch_size)
+        self.start_views(batch_size)
         first, last = images_before + 1, images_before + batch_size
         images = f"{first}" if first == last else f"{first}-{last}"
         self.bar.set_description(f"image {images} of {self.images}")
 
-    def start_inputs(self, inputs: int) -> None:
-        """From here, calls are of so many inputs: the batch's images, or one region of each."""
-        self.inputs, self.input_calls = inputs, 0
+    def start_views(self, number: int) -> None:
+        """From here, calls are of so many views: the batch's images, or one region of each."""
+        self.views, self.view_calls = number, 0
 
     def skip(self, calls: int) -> None:
-        """Count calls for these inputs that an earlier run has done."""
-        self.input_calls += calls
-        self._count(calls * self.inputs)
+        """Count calls for these views that an earlier run has done."""
+        self.view_calls += calls
+        self._count(calls * self.views)
 
     def take_back_batch(self, why: str) -> None:
         """Warn, count the batch as not begun, and estimate anew what others will take."""
@@ -69,10 +69,10 @@ class ProgressReport:
         self.calls = 0
 
     def evaluation_done(self, pred_x0: torch.Tensor) -> None:
-        """pred_x0: the result of this evaluation of the inputs."""
-        self.input_calls += 1
-        self.own += self.inputs
-        self._count(self.inputs)
+        """pred_x0: the result of this evaluation of the views."""
+        self.view_calls += 1
+        self.own += self.views
+        self._count(self.views)
         self.calls += 1
         if self.calls == self.warm_up:
             self.timed_from = (_now(pred_x0), self.own)
@@ -80,7 +80,7 @@ class ProgressReport:
             self._announce(_now(pred_x0))
 
     def tell(self) -> None:
-        """Let other processes know what this one has done, and show what they have."""
+        """Let other ranks know what this one has done, and show what they have."""
         self._show(self.tally.tell())
 
     def _count(self, evaluations: int) -> None:
@@ -95,7 +95,7 @@ class ProgressReport:
         if self.done >= self.total:
             return
         start, own_before = self.timed_from
-        seconds = (now - start) / (self.own - own_before)  # at which the other processes work too
+        seconds = (now - start) / (self.own - own_before)  # at which the other ranks work too
         left = _duration(seconds * (self.total - self.done) / self.team.world.size)
         line = f"about {left} left ({_duration(seconds)} per evaluation)"
         with tqdm.external_write_mode():

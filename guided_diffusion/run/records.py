@@ -1,7 +1,7 @@
 """What is finished, so that a run goes on where an earlier one was stopped.
 
 Beside the folder of the results lies one of records, `inpainted.run` beside `inpainted`. In it each
-process appends to a file of its own, images-RANK.jsonl, one JSON object a line, never changed:
+rank appends to a file of its own, images-RANK.jsonl, one JSON object a line, never changed:
 
     {"run": 2, "seed": 5, "settings": {...}, "digest": D}       a run begins
     {"run": 2, "name": "x.png", "redo": "the image changed"}    an earlier result was set aside
@@ -15,8 +15,9 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
@@ -25,6 +26,11 @@ from guided_diffusion.config import UserError
 from guided_diffusion.machine import storage
 
 STATES = 1  # to be raised when states come to have another form
+
+writing = partial(
+    storage.writing,
+    advice="what was written before is complete, and the same command goes on from there",
+)
 
 Settings = dict[str, Any]  # key -> what determines pixels: a setting, or a checkpoint's digest
 
@@ -65,7 +71,7 @@ class Result:
     origin: Origin
     bytes: int  # size of the file
     seconds: float
-    inputs: int = 1  # of the network
+    views: int = 1  # of its picture; "inputs" in the records
 
 
 @dataclass
@@ -137,21 +143,18 @@ class Records:
         """Keep other runs out until this process ends. Raises UserError if there is one."""
         if self._lock is not None:
             return
-        try:
-            self._lock = storage.lock(f"{self.folder}/lock")
-        except BlockingIOError as error:
-            raise UserError(
-                f"another run is writing these results ({error}, {self.folder}/lock): wait until "
-                "it ends, or give this one other `paths`"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"cannot write in {self.folder}: {error.strerror or error}; change the folder's "
-                "permissions, or `paths` in the config"
-            ) from error
+        advice = "change the folder's permissions, or `paths` in the config"
+        with storage.writing(f"in {self.folder}", advice):
+            try:
+                self._lock = storage.lock(f"{self.folder}/lock")
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another run is writing these results ({error}, {self.folder}/lock): wait "
+                    "until it ends, or give this one other `paths`"
+                ) from error
 
     def history(self) -> History:
-        """What all processes of all runs have recorded. Raises UserError."""
+        """What all ranks of all runs have recorded. Raises UserError."""
         try:
             files = [path for path in self._files() if path.endswith(".jsonl")]
             lines = [line for path in files for line in _read_lines(path)]
@@ -184,18 +187,19 @@ class Records:
         """Note that a result is written. Raises OSError."""
         line = {"run": result.run, "name": name, "digest": result.digest}
         line |= result.origin.content() | {"bytes": result.bytes, "seconds": result.seconds}
-        line["inputs"] = result.inputs
+        line["inputs"] = result.views
         self._append(line)
 
     def _append(self, *lines: dict[str, Any]) -> None:
         storage.append_line(self.path, "\n".join(map(json.dumps, lines)))
 
-    def state_path(self, digest: str, origins: Sequence[Origin], *part: int) -> str:
+    def state_path(self, digest: str, origins: Sequence[Origin], view: int = 0) -> str:
         """Where the sampler's state for a batch goes; the name says all that it follows from.
 
-        part: of the batch, where it is sampled in several.
+        view: its number in each picture, as the batch is of all first views, or all second ones, …
         """
-        key = digest_of([STATES, digest, [origin.content() for origin in origins], *part])
+        later = [view] if view else []  # as before pictures had several
+        key = digest_of([STATES, digest, [origin.content() for origin in origins], *later])
         return f"{self.folder}/unfinished/{key}.state"
 
     def forget_states(self) -> None:
@@ -258,15 +262,3 @@ def digest_of(content: Any) -> str:
     """A short name for what JSON can hold; what is equal has the same."""
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Errors as UserError, for the disk may be full by now, or a folder be in the way."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; what was written before is "
-            "complete, and the same command goes on from there"
-        ) from error

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import count, takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,67 +18,90 @@ from guided_diffusion.config import Config, UserError, to_yaml_dict
 from guided_diffusion.denoiser import NonFiniteError
 from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.machine import memory, storage
-from guided_diffusion.machine.ranks import Team
 from guided_diffusion.machine.signals import Interrupted, StopSignals
-from guided_diffusion.output.film import ProcessLog
-from guided_diffusion.output.report import Row, write_report
-from guided_diffusion.run.plan import Plan, Task, companion_folders, counted, existing, region_name
+from guided_diffusion.run.plan import (
+    Job,
+    Plan,
+    Task,
+    companion_folders,
+    counted,
+    existing,
+    region_name,
+)
 from guided_diffusion.run.progress import ProgressReport
-from guided_diffusion.run.recipe import Recipe
-from guided_diffusion.run.records import Records, writing
+from guided_diffusion.run.records import writing
 from guided_diffusion.run.worker import Worker, load, write, write_companions
-from guided_diffusion.speed.choice import Speed
+
+if TYPE_CHECKING:
+    from guided_diffusion.output.film import FilmLog
 
 
-def run(
-    plan: Plan,
-    load_inpainter: Callable[[Config], Inpainter],
-    recipe: Recipe,
-    records: Records,
-    team: Team,
-) -> None:
-    """Make what the plan has that is not done, together with the other processes.
+def run(job: Job, load_inpainter: Callable[[Config], Inpainter]) -> None:
+    """Make what the plan has that is not done, together with the other ranks.
 
     Raises Interrupted after a signal, and UserError; what was written before is complete, and what
     was begun goes on in the next run.
     """
-    if not plan.is_done(plan.tasks):
-        inpainter = load_inpainter(plan.config)
-        prepare = partial(_prepare, plan, inpainter, recipe, records)
-        plan = replace(plan, **team.share("settled plan", prepare))
+    team = job.team
+    if not job.plan.is_done(job.plan.tasks):
+        inpainter = load_inpainter(job.plan.config)
+        job = job.settled(**team.share("settled plan", partial(_prepare, job, inpainter)))
         if team.is_first:
-            team.world.say(plan.describe(recipe.device, recipe.speed))
-        size = _do_batches(plan, inpainter, recipe.speed, records, team)
-        plan = replace(plan, batch_size=size)
+            team.world.say(job.describe())
+        with _at_work(job, inpainter) as worker:
+            for batch in worker.batches():
+                batch.results = worker.inpaint(batch)
+        job = job.settled(batch_size=worker.most)
     if team.is_first:
-        _finish(plan, recipe, records)
-        team.world.say(plan.describe_results())
+        _finish(job)
+        team.world.say(job.plan.describe_results())
     team.leave()
+
+
+@contextlib.contextmanager
+def _at_work(job: Job, inpainter: Inpainter) -> Iterator[Worker]:
+    """What makes the batches of this rank; if it fails, it ends the other ranks too."""
+    plan, team = job.plan, job.team
+    images = sum(map(len, plan.batches))
+    evaluations = plan.evaluations * sum(task.views for batch in plan.batches for task in batch)
+    film = _film(plan, inpainter) if plan.config.log_every else None
+    with (
+        ProgressReport(images, evaluations, plan.config.show_progress, team) as report,
+        StopSignals(team.world.label) as stop,
+    ):
+        try:
+            yield Worker(job, inpainter, report, stop, film, most=plan.batch_size)
+        except Interrupted:  # torchrun interrupts all, and each has a state to save
+            raise
+        except Exception as error:
+            team.stop(str(error))
+            raise
 
 
 # ---- Before the first batch -------------------------------------------------------------------
 
 
-def _prepare(plan: Plan, inpainter: Inpainter, recipe: Recipe, records: Records) -> dict[str, Any]:
+def _prepare(job: Job, inpainter: Inpainter) -> dict[str, Any]:
     """What rank 0 does once all is checked and the network is loaded; the first to write anything.
 
     Returns fields of the plan that are settled only now. Raises UserError.
     """
+    plan, recipe, records = job.plan, job.recipe, job.records
     records.lock()
     if records.history().run >= plan.run:
         raise UserError(
             f"another run has just written to {plan.dataset.inpainted_dir}; run the same command "
             "again to go on from there"
         )
-    plan = replace(plan, batch_size=_batch_size(plan, inpainter), digest=recipe.digest)
+    settled = {"batch_size": _batch_size(plan, inpainter), "digest": recipe.digest}
     with writing(records.path):
         records.begin(plan.run, plan.config.seed, recipe.settings)
         records.set_aside(plan.run, plan.redo)
     _set_aside(plan)
     with writing(plan.report_path):
         storage.remove(plan.report_path)  # until it can show all
-    _write_run_json(plan, recipe)
-    return {"batch_size": plan.batch_size, "digest": plan.digest}
+    _write_run_json(job.settled(**settled))
+    return settled
 
 
 def _batch_size(plan: Plan, inpainter: Inpainter) -> int:
@@ -105,77 +128,43 @@ def _set_aside(plan: Plan) -> None:
                 storage.move(f"{plan.dataset.inpainted_dir}/{task.name}", old)
                 for folder in companion_folders(plan.dataset):
                     storage.remove(f"{folder}/{task.pair.name}")
-                _forget_process(_process_log(plan), task.name)
+                _forget_films(_film(plan), task.name)
 
 
-def _forget_process(log: ProcessLog, name: str) -> None:
+def _forget_films(film: FilmLog, name: str) -> None:
     """Remove how a result was made, however many regions it had then. Raises OSError."""
-    log.begin(name)
-    regions = (region_name(name, k) for k in count())
-    for region in takewhile(lambda region: storage.exists(log.animation(region)), regions):
-        log.begin(region)
+    film.begin(name)
+    regions = (region_name(name, number) for number in count())
+    for region in takewhile(lambda region: storage.exists(film.animation(region)), regions):
+        film.begin(region)
 
 
-# ---- The batches ------------------------------------------------------------------------------
-
-
-def _do_batches(
-    plan: Plan, inpainter: Inpainter, speed: Speed, records: Records, team: Team
-) -> int:
-    """Inpaint the batches that this process gets; the batch size that memory sufficed for.
-
-    On rank 0 it returns when all processes are done.
-    """
-    images, show_bar = sum(map(len, plan.batches)), plan.config.show_progress
-    inputs = sum(task.inputs for batch in plan.batches for task in batch)
-    with (
-        ProgressReport(images, inputs * plan.evaluations, show_bar, team) as report,
-        StopSignals(team.world.label) as stop,
-    ):
-        worker = Worker(
-            plan=plan,
-            inpainter=inpainter,
-            speed=speed,
-            records=records,
-            team=team,
-            report=report,
-            stop=stop,
-            log=_process_log(plan, inpainter) if plan.config.log_every else None,
-            most=plan.batch_size,
-        )
-        try:
-            worker.work()
-        except Interrupted:  # torchrun interrupts all, and each has a state to save
-            raise
-        except Exception as error:
-            team.stop(str(error))
-            raise
-    return worker.most
-
-
-def _process_log(plan: Plan, inpainter: Inpainter | None = None) -> ProcessLog:
+def _film(plan: Plan, inpainter: Inpainter | None = None) -> FilmLog:
     """inpainter: needed to write."""
+    from guided_diffusion.output.film import FilmLog  # most runs show nothing of sampling
+
     if inpainter is None:
-        return ProcessLog(plan.process_dir, every=1, times=(), noise_levels=())
+        return FilmLog(plan.film_dir, every=1, times=(), noise_levels=())
     noise = (1 - inpainter.diffusion.alphas_cumprod) ** 0.5
-    return ProcessLog(plan.process_dir, plan.config.log_every, inpainter.times, noise.tolist())
+    return FilmLog(plan.film_dir, plan.config.log_every, inpainter.times, noise.tolist())
 
 
 # ---- After the last batch ---------------------------------------------------------------------
 
 
-def _finish(plan: Plan, recipe: Recipe, records: Records) -> None:
+def _finish(job: Job) -> None:
     """What rank 0 does when all is done: look whether all is there, and say so in run.json.
 
     Raises UserError if something else has removed results meanwhile.
     """
+    plan, records = job.plan, job.records
     _restore_companions(plan)
     history, sizes = records.history(), existing(plan.dataset.inpainted_dir)
     results = {task.name: history.results.get(task.name) for task in plan.tasks}
     missing = [
         name
         for name, result in results.items()
-        if not (result and result.digest == recipe.digest and result.bytes == sizes.get(name))
+        if not (result and result.digest == job.recipe.digest and result.bytes == sizes.get(name))
     ]
     if missing:
         raise UserError(
@@ -184,9 +173,9 @@ def _finish(plan: Plan, recipe: Recipe, records: Records) -> None:
             f"{records.folder} meanwhile; run the same command again to make what is missing"
         )
     seconds = {name: result.seconds for name, result in results.items()}
-    _write_run_json(plan, recipe, seconds)
+    _write_run_json(job, seconds)
     if not _exists(plan.report_path):
-        _write_report(plan, recipe, seconds)
+        _write_report(job, seconds)
     with writing(records.folder):
         records.forget_states()
 
@@ -196,15 +185,15 @@ def _restore_companions(plan: Plan) -> None:
     present = [existing(folder).keys() for folder in companion_folders(plan.dataset)]
     for task in plan.tasks:
         if task.is_first_sample and not all(task.pair.name in names for names in present):
-            example = load(task, plan)
-            write_companions(plan.dataset, task.pair.name, example)
+            write_companions(plan.dataset, task.pair.name, load(task, plan))
 
 
 # ---- Files ------------------------------------------------------------------------------------
 
 
-def _write_run_json(plan: Plan, recipe: Recipe, seconds: dict[str, float] | None = None) -> None:
+def _write_run_json(job: Job, seconds: dict[str, float] | None = None) -> None:
     """What was run, on what, and how long it took. seconds: of each result; None: not finished."""
+    plan, recipe = job.plan, job.recipe
     content = {
         "finished": seconds is not None,
         "config": to_yaml_dict(plan.config),
@@ -222,13 +211,16 @@ def _write_run_json(plan: Plan, recipe: Recipe, seconds: dict[str, float] | None
     write(plan.record_path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
-def _write_report(plan: Plan, recipe: Recipe, seconds: dict[str, float]) -> None:
+def _write_report(job: Job, seconds: dict[str, float]) -> None:
     """A page to look at the results. seconds: of each."""
+    from guided_diffusion.output.report import Row, write_report  # nothing needs it before
+
+    plan, recipe = job.plan, job.recipe
     d, config = plan.dataset, plan.config
     facts = {
         "Model": config.model_path,
         "Images": f"{plan.images:,}",
-        f"Evaluations per {plan.input_noun}": f"{plan.evaluations:,}",
+        f"Evaluations per {plan.view_noun}": f"{plan.evaluations:,}",
         **({"Starts from": plan.start} if plan.start else {}),
         "Seed": f"{config.seed}",
         "Computed on": f"{recipe.device}, {recipe.speed.describe()}",
@@ -254,8 +246,10 @@ def _write_report(plan: Plan, recipe: Recipe, seconds: dict[str, float]) -> None
 
 def _animation(plan: Plan, task: Task) -> str | None:
     """The path of a result's animation, if there is one; of a photo's first region."""
-    path = _process_log(plan).animation(task.log_names[0])
-    return path if plan.config.log_every and _exists(path) else None
+    if not plan.config.log_every:
+        return None
+    path = _film(plan).animation(task.film_names[0])
+    return path if _exists(path) else None
 
 
 def _exists(path: str) -> bool:

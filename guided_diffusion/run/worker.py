@@ -1,12 +1,13 @@
-"""One process of a run: its batches, from files to results."""
+"""One rank of a run: its batches, from files to results."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,82 +15,119 @@ import torch
 from guided_diffusion.config import Config, DatasetConfig, UserError
 from guided_diffusion.denoiser import NonFiniteError
 from guided_diffusion.images.files import encode_png
+from guided_diffusion.images.pairs import read_pair
 from guided_diffusion.images.tensors import to_bytes
-from guided_diffusion.images.views import Crop, Photo, load_example
+from guided_diffusion.images.views import Picture, View, decode_pair
 from guided_diffusion.inpainter import Inpainter
 from guided_diffusion.machine import memory, storage
-from guided_diffusion.machine.ranks import Team
 from guided_diffusion.machine.signals import Interrupted, StopSignals
-from guided_diffusion.output.film import ProcessLog
-from guided_diffusion.run.plan import Plan, Task, input_digest, stream_of_view
+from guided_diffusion.run.plan import Job, Plan, Task, stream_of_view
 from guided_diffusion.run.progress import ProgressReport
-from guided_diffusion.run.records import Records, Result, load_state, save_state, writing
+from guided_diffusion.run.records import Result, load_state, save_state, writing
 from guided_diffusion.speed.choice import DTYPES, Speed, offered_precisions
 from guided_diffusion.streams import Evaluation, SamplerState
 
-POLLING = 0.5  # seconds between two looks at what other processes do
-STALLED = 30 * 60  # seconds without an evaluation, after which another process counts as lost
+if TYPE_CHECKING:
+    from guided_diffusion.output.film import FilmLog
+
+POLLING = 0.5  # seconds between two looks at what other ranks do
+STALLED = 30 * 60  # seconds without an evaluation, after which another rank counts as lost
+
+
+@dataclass(frozen=True)
+class TaskView:
+    """One view of a task's picture."""
+
+    task: Task
+    number: int  # among the picture's views
+    view: View
+
+    @property
+    def stream(self) -> int:
+        return stream_of_view(self.task.origin.stream, self.number)
+
+    @property
+    def film_name(self) -> str:
+        return self.task.film_names[self.number]
+
+
+@dataclass
+class ViewBatch:
+    """What the network sees at a time: the first views of some pictures, or the second ones, …"""
+
+    views: list[TaskView]
+    state_path: str  # where the sampler's state goes
+    results: np.ndarray | None = None  # uint8 (B, S, S, 3); None: memory does not suffice for it
 
 
 @dataclass
 class Worker:
-    """One process at work."""
+    """One rank at work."""
 
-    plan: Plan
+    job: Job
     inpainter: Inpainter
-    speed: Speed
-    records: Records
-    team: Team
     report: ProgressReport
     stop: StopSignals
-    log: ProcessLog | None  # None: the process is not shown
+    film: FilmLog | None  # None: nothing is shown of sampling
     most: int  # images at a time that memory suffices for, as far as is known
 
-    def work(self) -> None:
-        batches = self.plan.batches
+    @property
+    def plan(self) -> Plan:
+        return self.job.plan
+
+    def batches(self) -> Iterator[ViewBatch]:
+        """What this rank has to sample. It takes the results of one when asked for the next.
+
+        On rank 0 it ends when all ranks are done.
+        """
+        batches, team = self.plan.batches, self.job.team
         before = [0, *accumulate(map(len, batches))]
-        # Handed out one by one, so that nobody waits for a slow process.
-        while (number := self.team.add("batches begun", 1) - 1) < len(batches):
-            self._do(batches[number], before[number])
+        # Handed out one by one, so that nobody waits for a slow rank.
+        while (number := team.add("batches begun", 1) - 1) < len(batches):
+            yield from self._work_on(batches[number], before[number])
             self.report.tell()
-            self.team.add("batches done", 1)
-        if self.team.is_first:
+            team.add("batches done", 1)
+        if team.is_first:
             self._await_others()
 
-    def _do(self, tasks: Sequence[Task], before: int) -> None:
+    def _work_on(self, batch: Sequence[Task], before: int) -> Iterator[ViewBatch]:
         done = 0
-        while done < len(tasks):
-            part = tasks[done : done + self.most]
+        while done < len(batch):
+            tasks = batch[done : done + self.most]
             self.stop.check()
-            self.report.start_batch(before + done, len(part))
-            if self.plan.is_done(part):  # of a batch that was halved before
-                self.report.start_inputs(sum(task.inputs for task in part))
+            self.report.start_batch(before + done, len(tasks))
+            if self.plan.is_done(tasks):  # of a batch that was halved before
+                self.report.start_views(sum(task.views for task in tasks))
                 self.report.skip(self.plan.evaluations)
-            elif not self._finish(part):
+            elif not (yield from self._make(tasks)):
                 memory.release()
-                self.most = self._halved(len(part))
+                self.most = self._halved(len(tasks))
                 self.report.take_back_batch(
-                    f"not enough memory for {len(part)} images at a time; going on with {self.most}"
+                    f"not enough memory for {len(tasks)} images at a time; going on with "
+                    f"{self.most}"
                 )
                 continue
-            done += len(part)
+            done += len(tasks)
 
-    def _finish(self, part: Sequence[Task]) -> bool:
-        """Inpaint a batch and write its results; False if memory does not suffice for it."""
-        started = time.monotonic()
+    def _make(self, tasks: Sequence[Task]) -> Generator[ViewBatch, None, bool]:
+        """Make these results and write them; False if memory does not suffice for it."""
+        began = time.monotonic()
         try:
-            examples = [load(task, self.plan) for task in part]
-            results = self._results(part, examples)
+            pictures = [load(task, self.plan) for task in tasks]
+            paths = self._state_paths(tasks, pictures)
+            results = yield from _sampled(tasks, pictures, paths)
         except (MemoryError, RuntimeError) as error:
             if not memory.ran_out(error):
                 raise
+            results = None
+        if results is None:
             return False  # and nothing refers any more to what the attempt has made
-        seconds = round((time.monotonic() - started) / len(part), 3)
-        for task, example, result in zip(part, examples, results, strict=True):
-            self._animate(task)  # first, for what is recorded is never looked at again
+        seconds = round((time.monotonic() - began) / len(tasks), 3)
+        for task, picture, result in zip(tasks, pictures, results, strict=True):
+            self._animate(task)  # first, because what is recorded is never looked at again
             if task.name not in self.plan.done:
-                self._write(task, example, result, seconds)
-        for path in self._state_paths(part, examples):
+                self._write(task, picture, result, seconds)
+        for path in paths:
             with writing(path):
                 storage.remove(path)
         return True
@@ -99,125 +137,117 @@ class Worker:
         if batch_size > 1:
             return batch_size // 2
         device = self.inpainter.diffusion.device
-        remedies = _remedies(device, self.speed, self.plan.config)
+        remedies = _remedies(device, self.job.recipe.speed, self.plan.config)
         advice = f"set {', or '.join(remedies)}" if remedies else "close other programs"
         raise UserError(f"{device} has not enough memory for one image; {advice}")
 
-    def _results(self, part: Sequence[Task], examples: Sequence[Crop | Photo]) -> list[np.ndarray]:
-        """The finished pictures of a batch, uint8 (H, W, 3) each.
+    def _state_paths(self, tasks: Sequence[Task], pictures: Sequence[Picture]) -> list[str]:
+        """Where the states of the sampler go: with the first views, the second ones, and so on."""
+        origins = [task.origin for task in tasks]
+        views = max(picture.views for picture in pictures)
+        state_path = self.job.records.state_path
+        return [state_path(self.plan.digest, origins, number) for number in range(views)]
 
-        Where pictures have several views, the k-th ones are a batch of their own for each k.
+    def inpaint(self, batch: ViewBatch) -> np.ndarray | None:
+        """What the sampler makes of these views, uint8 (B, S, S, 3); None: memory ran out.
+
+        Raises UserError if it is not finite.
         """
-        results = [[] for _ in part]
-        for k, path in enumerate(self._state_paths(part, examples)):
-            chosen = [i for i, example in enumerate(examples) if k < example.views]
-            inputs = [_Input(part[i], examples[i], k) for i in chosen]
-            for i, result in zip(chosen, self._inpaint(inputs, path), strict=True):
-                results[i].append(result)
-        return [
-            example.finish(of_views) for example, of_views in zip(examples, results, strict=True)
-        ]
-
-    def _state_paths(self, part: Sequence[Task], examples: Sequence[Crop | Photo]) -> list[str]:
-        """Where the sampler's states go for the first views of a batch, the second, and so on."""
-        origins = [task.origin for task in part]
-        views = max(example.views for example in examples)
-        parts = [(k,) if k else () for k in range(views)]
-        return [self.records.state_path(self.plan.digest, origins, *which) for which in parts]
-
-    def _inpaint(self, inputs: Sequence[_Input], state_path: str) -> np.ndarray:
-        """The results of views, uint8 (B, S, S, 3). Raises UserError if they are not finite."""
-        self.report.start_inputs(len(inputs))
-        resume = _earlier_state(state_path)
+        self.report.start_views(len(batch.views))
+        resume = _earlier_state(batch.state_path)
         if resume is None:
-            self._begin_log(inputs)
+            self._begin_film(batch.views)
         else:
             self.report.skip(self.inpainter.evaluations_before(resume))
-        views = [each.example.view(each.k) for each in inputs]
-        pictures = [view.start for view in views]  # all, or none
+        views = [each.view for each in batch.views]
+        starts = [view.start for view in views]  # of all, or of none
         try:
             x = self.inpainter.sample(
                 torch.stack([view.image for view in views]),
                 torch.stack([view.keep_mask for view in views]),
-                [each.stream for each in inputs],
-                start_picture=None if pictures[0] is None else torch.stack(pictures),
+                [each.stream for each in batch.views],
+                start_picture=None if starts[0] is None else torch.stack(starts),
                 resume=resume,
-                after_evaluation=self._after_evaluation(inputs, state_path, views[0].image.shape),
+                after_evaluation=self._after_evaluation(batch, views[0].image.shape[1:]),
             )
+            return to_bytes(x)
         except NonFiniteError as error:
-            raise UserError(self._non_finite(inputs, error)) from error
-        return to_bytes(x)
+            raise UserError(self._non_finite(batch.views, error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not memory.ran_out(error):
+                raise
+            return None
 
     def _after_evaluation(
-        self, inputs: Sequence[_Input], state_path: str, shape: Sequence[int]
+        self, batch: ViewBatch, size: Sequence[int]
     ) -> Callable[[Evaluation], None]:
         """What to do after each: show it, count it, and save the state in time.
 
-        At the end too, where something else comes before the result is written. shape: (3, H, W)
-        of each input.
+        At the end too, where something else comes before the result is written. size: height and
+        width of each view.
         """
         every = self.plan.config.checkpoint_every
-        more = self.log or any(each.example.views > 1 for each in inputs)
+        more = self.film or any(each.task.views > 1 for each in batch.views)
         end = len(self.inpainter.times) - 1 if more else None
         saved = time.monotonic()
 
         def after_evaluation(evaluation: Evaluation) -> None:
             nonlocal saved
             try:
-                self._show(inputs, evaluation, shape[1:])
+                self._show(batch.views, evaluation, size)
                 self.report.evaluation_done(evaluation.pred_x0)
                 self.stop.check()
             except (Interrupted, UserError):
-                _save_state(state_path, evaluation.state())
+                _save_state(batch.state_path, evaluation.state())
                 raise
             if evaluation.position == end or time.monotonic() - saved >= every:
-                _save_state(state_path, evaluation.state())
+                _save_state(batch.state_path, evaluation.state())
                 saved = time.monotonic()
 
         return after_evaluation
 
-    def _write(self, task: Task, example: Crop | Photo, result: np.ndarray, seconds: float) -> None:
-        d, png = self.plan.dataset, encode_png(result)
+    def _write(self, task: Task, picture: Picture, result: np.ndarray, seconds: float) -> None:
+        plan, records, png = self.plan, self.job.records, encode_png(result)
         if task.is_first_sample:
-            write_companions(d, task.pair.name, example)
-        write(f"{d.inpainted_dir}/{task.name}", png)
-        line = Result(self.plan.run, self.plan.digest, task.origin, len(png), seconds, task.inputs)
-        with writing(self.records.path):
-            self.records.finished(task.name, line)
+            write_companions(plan.dataset, task.pair.name, picture)
+        write(f"{plan.dataset.inpainted_dir}/{task.name}", png)
+        line = Result(plan.run, plan.digest, task.origin, len(png), seconds, task.views)
+        with writing(records.path):
+            records.finished(task.name, line)
 
-    def _begin_log(self, inputs: Sequence[_Input]) -> None:
-        if self.log:
-            with writing(self.log.folder):
-                for each in inputs:
-                    self.log.begin(each.log_name)
+    def _begin_film(self, views: Sequence[TaskView]) -> None:
+        if self.film:
+            with writing(self.film.folder):
+                for each in views:
+                    self.film.begin(each.film_name)
 
-    def _show(self, inputs: Sequence[_Input], evaluation: Evaluation, size: Sequence[int]) -> None:
-        if self.log and self.log.is_due(evaluation.position):
-            names = [each.log_name for each in inputs]
+    def _show(self, views: Sequence[TaskView], evaluation: Evaluation, size: Sequence[int]) -> None:
+        if self.film and self.film.is_due(evaluation.position):
+            names = [each.film_name for each in views]
             x_t, x0 = (
                 self.inpainter.as_pictures(x, size) for x in (evaluation.x, evaluation.pred_x0)
             )
-            with writing(self.log.folder):
-                self.log.write(names, evaluation.position, x_t, x0)
+            with writing(self.film.folder):
+                self.film.write(names, evaluation.position, x_t, x0)
 
     def _animate(self, task: Task) -> None:
-        if self.log:
-            with writing(self.log.folder):
-                for name in task.log_names:
-                    self.log.finish(name)
+        if self.film:
+            with writing(self.film.folder):
+                for name in task.film_names:
+                    self.film.finish(name)
 
-    def _non_finite(self, inputs: Sequence[_Input], error: NonFiniteError) -> str:
-        names = [inputs[i].task.name for i in error.images]
+    def _non_finite(self, views: Sequence[TaskView], error: NonFiniteError) -> str:
+        names = [views[i].task.name for i in error.images]
         others = f" and {len(names) - 1} more" if names[1:] else ""
         return (
             f"{names[0]}{others}: what the network predicts is not finite (NaN or infinity) at "
-            f"step {error.step}, after {self.report.input_calls} of {self.plan.evaluations} "
+            f"step {error.step}, after {self.report.view_calls} of {self.plan.evaluations} "
             f"evaluations; {self._remedy()}"
         )
 
     def _remedy(self) -> str:
         """What to do where the network's output is not finite."""
-        if self.speed.precision == "fp16":
+        if self.job.recipe.speed.precision == "fp16":
             offered = offered_precisions(self.inpainter.diffusion.device)
             others = [name for name in offered if name != "fp16"]
             return f"fp16 has no larger numbers than 65504: set precision: {' or '.join(others)}"
@@ -225,9 +255,9 @@ class Worker:
         return f"the checkpoint is likely damaged: download {path} again"
 
     def _await_others(self) -> None:
-        """Show what the other processes do, until they are done."""
+        """Show what the other ranks do, until they are done."""
         done, since = -1, time.monotonic()
-        while self.team.add("batches done", 0) < len(self.plan.batches):
+        while self.job.team.add("batches done", 0) < len(self.plan.batches):
             self.stop.check()
             self.report.tell()
             if self.report.done != done:
@@ -241,41 +271,36 @@ class Worker:
         self.report.tell()  # what they did since the last look
 
 
-@dataclass(frozen=True)
-class _Input:
-    """One of the squares that the network sees at a time."""
+def _sampled(
+    tasks: Sequence[Task], pictures: Sequence[Picture], state_paths: Sequence[str]
+) -> Generator[ViewBatch, None, list[np.ndarray] | None]:
+    """The finished pictures, uint8 (H, W, 3) each; None if memory does not suffice.
 
-    task: Task
-    example: Crop | Photo
-    k: int  # which of the picture's views
+    state_paths: of the batch of all first views, of that of all second ones, and so on.
+    """
+    results = [[] for _ in tasks]
+    for number, path in enumerate(state_paths):
+        chosen = [i for i, picture in enumerate(pictures) if number < picture.views]
+        views = [TaskView(tasks[i], number, pictures[i].view(number)) for i in chosen]
+        yield (batch := ViewBatch(views, path))
+        if batch.results is None:
+            return None
+        for i, result in zip(chosen, batch.results, strict=True):
+            results[i].append(result)
+    return [picture.finish(made) for picture, made in zip(pictures, results, strict=True)]
 
-    @property
-    def stream(self) -> int:
-        return stream_of_view(self.task.origin.stream, self.k)
 
-    @property
-    def log_name(self) -> str:
-        """Under which the process is shown."""
-        return self.task.log_names[self.k]
-
-
-def load(task: Task, plan: Plan) -> Crop | Photo:
+def load(task: Task, plan: Plan) -> Picture:
     """Raises UserError if a file cannot be read, or is not the one that the plan is for."""
-    example = load_example(
-        task.pair,
-        plan.dataset,
-        plan.config.image_size,
-        flip=task.origin.flip,
-        known_from=plan.config.known_from,
+    files, origin, config = read_pair(task.pair), task.origin, plan.config
+    picture = decode_pair(
+        files, plan.dataset, config.image_size, flip=origin.flip, known_from=config.known_from
     )
-    for path, digest in (
-        (task.pair.image_path, task.origin.image),
-        (task.pair.mask_path, task.origin.mask),
-        (task.pair.start_path, task.origin.start),
-    ):
-        if path and input_digest(path) != digest:
-            raise UserError(f"{path} changed during the run; run the same command again")
-    return example
+    digests = origin.image, origin.mask, origin.start
+    for file, digest in zip((files.image, files.mask, files.start), digests, strict=True):
+        if file and file.digest != digest:
+            raise UserError(f"{file.path} changed during the run; run the same command again")
+    return picture
 
 
 def _remedies(device: torch.device, speed: Speed, config: Config) -> list[str]:
@@ -318,16 +343,17 @@ def _save_state(path: str, state: SamplerState) -> None:
         warnings.warn(f"cannot save the state in {path}: {reason}", UserWarning, stacklevel=2)
 
 
-def write_companions(d: DatasetConfig, name: str, example: Crop | Photo) -> None:
+def write_companions(d: DatasetConfig, name: str, picture: Picture) -> None:
     """The input, the mask, and the input under the mask."""
-    companions = example.companions()
+    companions = picture.companions()
     pictures = {d.gt_masked_dir: companions.gt_masked, d.keep_mask_dir: companions.keep_mask}
     if d.gt_dir is not None:
         pictures[d.gt_dir] = companions.gt
-    for folder, picture in pictures.items():
-        write(f"{folder}/{name}", encode_png(picture))
+    for folder, pixels in pictures.items():
+        write(f"{folder}/{name}", encode_png(pixels))
 
 
 def write(path: str, data: bytes) -> None:
+    """Raises UserError where that is impossible."""
     with writing(path):
         storage.write_atomically(path, data)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from guided_diffusion.config import TrainingConfig, UserError, to_yaml_dict
+from guided_diffusion.config import TrainingConfig, to_yaml_dict
 from guided_diffusion.denoiser import network_denoiser
 from guided_diffusion.factory import pick_device, pixel_process
 from guided_diffusion.images.files import encode_png, picture_grid
@@ -82,9 +82,7 @@ def sample_writer(
         network.load_state_dict(weights, assign=True)
         blank = torch.zeros(number, 3, size, size)
         pictures = to_bytes(inpainter.sample(blank, blank, seeds=range(number)))
-        try:
+        with storage.writing(path):
             storage.write_atomically(path, encode_png(picture_grid(pictures)))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
     return write

@@ -295,14 +295,10 @@ def _seed(*numbers: int) -> int:
 
 
 def _write(path: str, content: dict) -> None:
-    try:
-        with storage.create_atomically(path) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError in torch's writer
-        raise UserError(
-            f"cannot write {path}: {str(error).splitlines()[0]}; make room, then run again: "
-            "training goes on from the newest complete checkpoint"
-        ) from error
+    advice = "make room, then run again: training goes on from the newest complete checkpoint"
+    errors = OSError, RuntimeError  # a full disk is a RuntimeError in torch's writer
+    with storage.writing(path, advice, errors=errors), storage.create_atomically(path) as file:
+        torch.save(content, file)
 
 
 def _saved_steps(log_dir: str) -> list[int]:
@@ -316,9 +312,5 @@ def _saved_steps(log_dir: str) -> list[int]:
 
 
 def _check_writable(log_dir: str) -> None:
-    try:
+    with storage.writing(f"in {log_dir}", "choose another folder", key="log_dir"):
         storage.check_writable(log_dir)
-    except OSError as error:
-        raise UserError(
-            f"log_dir: cannot write in {log_dir}: {error.strerror or error}; choose another folder"
-        ) from error

@@ -19,16 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from guided_diffusion.config import CUT, Config, UserError, load_config
-from guided_diffusion.images import preview
-from guided_diffusion.images.checks import check_pairs
-from guided_diffusion.images.files import load_prepared, prepare, read_size
+from guided_diffusion.images.files import InputFile, load_prepared, prepare, read_input
 from guided_diffusion.images.pairs import Pair
-from guided_diffusion.images.preview import write_preview
-from guided_diffusion.images.views import Crop, load_example
+from guided_diffusion.images.views import Crop
 from guided_diffusion.output.film import Stage, shown_size
+from guided_diffusion.run import preview
 from guided_diffusion.run.plan import Task, from_json, make_batches, to_json
+from guided_diffusion.run.preview import write_preview
 from guided_diffusion.speed.choice import Speed
-from tests.support.checks import DATASET, REGION, messages_of
+from tests.support.checks import DATASET, REGION, check_pairs, load_pair, messages_of
 from tests.support.films import JUMP, LEVELS, frames_of, log
 from tests.support.pictures import noise, user_error
 from tests.support.plans import CPU, TIMES, Case, names, names_in_batches
@@ -94,13 +93,13 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path, suffix, orientation):
     options = {} if orientation is None else {"exif": turned(orientation)}
     path = save(tmp_path / f"x.{suffix}", noise(30, 20), **options)
     on_its_side = orientation in (5, 6, 7, 8)
-    assert read_size(path) == ((30, 20) if on_its_side else (20, 30))
-    assert load_prepared(path, None).shape[:2] == read_size(path)
+    assert read_input(path).size() == ((30, 20) if on_its_side else (20, 30))
+    assert load_prepared(path, None).shape[:2] == read_input(path).size()
 
 
 @pytest.mark.parametrize("suffix", ["gif", "bmp"])
 def test_sizes_of_types_that_cannot_be_turned(tmp_path, suffix):
-    assert read_size(save(tmp_path / f"x.{suffix}", noise(30, 20))) == (20, 30)
+    assert read_input(save(tmp_path / f"x.{suffix}", noise(30, 20))).size() == (20, 30)
 
 
 XMP = b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
@@ -119,22 +118,22 @@ XMP = b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta><rdf:Description tiff:Orientation=
 def test_what_follows_the_pixels_of_a_png_counts(tmp_path, kind, data, size):
     path = tmp_path / "x.png"
     path.write_bytes(after_the_pixels(png_bytes(30, 20), kind, data))
-    assert read_size(str(path)) == load_prepared(str(path), None).shape[:2] == size
+    assert read_input(str(path)).size() == load_prepared(str(path), None).shape[:2] == size
 
 
 def test_sizes_are_read_without_the_pixels(tmp_path, monkeypatch):
     paths = [save(tmp_path / f"x.{suffix}", noise(40, 30)) for suffix in ("png", "jpg", "webp")]
     paths.append(save(tmp_path / "turned.jpg", noise(30, 40), exif=turned(8)))
     monkeypatch.setattr(ImageFile.ImageFile, "load", pytest.fail)
-    assert {read_size(path) for path in paths} == {(30, 40)}
+    assert {read_input(path).size() for path in paths} == {(30, 40)}
 
 
 def test_a_file_without_a_size_is_named(tmp_path):
     (tmp_path / "x.png").write_text("no picture")
     assert "x.png: empty, damaged, or not an image" in user_error(
-        read_size, str(tmp_path / "x.png")
+        read_input(str(tmp_path / "x.png")).size
     )
-    assert "No such file" in user_error(read_size, str(tmp_path / "y.png"))
+    assert "No such file" in user_error(read_input, str(tmp_path / "y.png"))
 
 
 # ---- Masks that are cut, and what comes out ---------------------------------------------------
@@ -156,7 +155,7 @@ HALF = grey_levels(0, 1, 127, 128, 254, 255)  # cut between the third and the fo
 
 
 def test_a_pair_as_it_is_with_its_mask_cut_at_one_half(tmp_path):
-    crop = load_example(pair_of(tmp_path, PHOTO, HALF), DATASET, None, known_from=CUT)
+    crop = load_pair(pair_of(tmp_path, PHOTO, HALF), DATASET, None, known_from=CUT)
     view = crop.view()
     assert isinstance(crop, Crop) and crop.views == 1 and view.start is None
     assert view.image.shape == view.keep_mask.shape == (3, 3, 6)
@@ -169,7 +168,7 @@ def test_a_pair_as_it_is_with_its_mask_cut_at_one_half(tmp_path):
 
 
 def test_companions_of_a_cut_mask_are_the_bytes_that_results_keep(tmp_path):
-    companions = load_example(
+    companions = load_pair(
         pair_of(tmp_path, PHOTO, HALF), DATASET, None, known_from=CUT
     ).companions()
     np.testing.assert_array_equal(companions.gt, PHOTO)
@@ -182,7 +181,7 @@ def test_companions_of_a_cut_mask_are_the_bytes_that_results_keep(tmp_path):
 @pytest.mark.parametrize(("level", "kept"), [(255, True), (128, True), (127, False), (0, False)])
 def test_masks_of_one_level(tmp_path, level, kept):
     mask = np.full((3, 6), level, np.uint8)
-    crop = load_example(pair_of(tmp_path, PHOTO, mask), DATASET, None, known_from=CUT)
+    crop = load_pair(pair_of(tmp_path, PHOTO, mask), DATASET, None, known_from=CUT)
     assert crop.views == 1 and (crop.view().keep_mask == float(kept)).all()
     result = 255 - PHOTO
     np.testing.assert_array_equal(crop.finish([result]), PHOTO if kept else result)
@@ -194,26 +193,24 @@ def test_a_mask_of_a_fixed_size_is_cut_after_it_is_resized(tmp_path):
     If it were cut before, 254 would count as 255, and Pillow makes 128 of the mean of 255 and 0.
     """
     mask = np.tile(np.array([255, 255, 254, 0, 255, 255, 0, 0], np.uint8), (8, 1))
-    crop = load_example(
-        pair_of(tmp_path, np.asarray(noise(8, 8)), mask), DATASET, 4, known_from=CUT
-    )
+    crop = load_pair(pair_of(tmp_path, np.asarray(noise(8, 8)), mask), DATASET, 4, known_from=CUT)
     assert crop.mask[0, :, 0].tolist() == [255, 0, 255, 0]
     assert crop.view().image.shape == (3, 4, 4)
 
 
 def test_a_mask_of_a_fixed_size_is_black_and_white(tmp_path):
     mask = np.asarray(Image.linear_gradient("L").resize((50, 30)))
-    crop = load_example(
+    crop = load_pair(
         pair_of(tmp_path, np.asarray(noise(50, 30)), mask), DATASET, 16, known_from=CUT
     )
     assert set(np.unique(crop.mask)) == {0, 255}
-    soft = load_example(pair_of(tmp_path, np.asarray(noise(50, 30)), mask), DATASET, 16)
+    soft = load_pair(pair_of(tmp_path, np.asarray(noise(50, 30)), mask), DATASET, 16)
     assert len(np.unique(soft.mask)) > 10
     np.testing.assert_array_equal(crop.mask == 255, soft.mask >= 128)
 
 
 def test_of_pixel_models_only_white_is_known(tmp_path):
-    crop = load_example(pair_of(tmp_path, PHOTO, HALF), DATASET, None, known_from=255)
+    crop = load_pair(pair_of(tmp_path, PHOTO, HALF), DATASET, None, known_from=255)
     assert crop.mask[0, :, 0].tolist() == HALF[0].tolist()
     finished = crop.finish([255 - PHOTO])
     assert (finished == PHOTO).all(axis=(0, 2)).tolist() == [False] * 5 + [True]
@@ -221,19 +218,19 @@ def test_of_pixel_models_only_white_is_known(tmp_path):
 
 def test_a_mask_whose_white_means_fill_in_is_inverted_before_it_is_cut(tmp_path):
     dataset = replace(DATASET, mask_convention="fill")
-    crop = load_example(pair_of(tmp_path, PHOTO, HALF), dataset, None, known_from=CUT)
+    crop = load_pair(pair_of(tmp_path, PHOTO, HALF), dataset, None, known_from=CUT)
     assert crop.mask[0, :, 0].tolist() == [255, 255, 255, 0, 0, 0]  # 255 - 127 = 128 is kept
 
 
 def test_a_mask_in_colour_is_cut_as_one(tmp_path):
     mask = np.zeros((1, 3, 3), np.uint8)
     mask[0] = [(255, 0, 0), (0, 255, 0), (0, 255, 255)]  # as grey: 76, 150 and 179
-    crop = load_example(pair_of(tmp_path, PHOTO[:1, :3], mask), DATASET, None, known_from=CUT)
+    crop = load_pair(pair_of(tmp_path, PHOTO[:1, :3], mask), DATASET, None, known_from=CUT)
     assert crop.mask.tolist() == [[[0] * 3, [255] * 3, [255] * 3]]
 
 
 def test_pictures_as_they_are_can_be_mirrored(tmp_path):
-    crop = load_example(pair_of(tmp_path, PHOTO, HALF), DATASET, None, flip=True, known_from=CUT)
+    crop = load_pair(pair_of(tmp_path, PHOTO, HALF), DATASET, None, flip=True, known_from=CUT)
     np.testing.assert_array_equal(crop.image, PHOTO[:, ::-1])
     assert crop.mask[0, :, 0].tolist() == [255, 255, 255, 0, 0, 0]
 
@@ -406,7 +403,7 @@ def test_with_one_size_for_all_nothing_is_grouped(tmp_path):
     case = TwoSizes(tmp_path, batch_size=2)
     case.keys["image_size"] = 32
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("guided_diffusion.run.plan.read_size", pytest.fail)
+        patch.setattr(InputFile, "size", pytest.fail)
         assert case.batches() == ["ab", "cd", "e"]
         assert {task.size for task in case.plan().tasks} == {None}
         assert case.plan().largest_size == (32, 32)

@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from guided_diffusion.images.checks import check_pairs
 from guided_diffusion.images.pairs import Pair, find_pairs
-from guided_diffusion.images.views import Crop, Photo, load_example
+from guided_diffusion.images.views import Crop, Photo
 from guided_diffusion.machine import storage
-from tests.support.checks import DATASET, REGION, messages_of
+from tests.support.checks import DATASET, REGION, check_pairs, load_pair, messages_of
 from tests.support.pictures import noise, save_images, user_error
 
 FILL = replace(DATASET, mask_convention="fill")
@@ -175,8 +174,8 @@ def test_a_mask_whose_white_means_fill_in_is_the_inverse_of_one_whose_white_mean
 ):
     levels = [0, 255, 255, 0, 255, 255, 255, 255]
     keep, fill = pairs_with_masks(tmp_path, levels, [255 - level for level in levels])
-    ours = load_example(keep, replace(DATASET, fit=fit), 8)
-    theirs = load_example(fill, replace(FILL, fit=fit), 8)
+    ours = load_pair(keep, replace(DATASET, fit=fit), 8)
+    theirs = load_pair(fill, replace(FILL, fit=fit), 8)
     assert torch.equal(ours.view(0).keep_mask, theirs.view(0).keep_mask)
     expected = torch.tensor(levels).expand(3, 8, 8) / 255
     assert torch.equal(ours.view(0).keep_mask, expected)
@@ -187,7 +186,7 @@ def test_a_mask_whose_white_means_fill_in_is_the_inverse_of_one_whose_white_mean
 
 def test_flip_mirrors_image_and_mask_together(tmp_path):
     pair = pairs_with_masks(tmp_path, [0, 0, 255])[0]
-    plain, flipped = (load_example(pair, DATASET, 8, flip=flip) for flip in (False, True))
+    plain, flipped = (load_pair(pair, DATASET, 8, flip=flip) for flip in (False, True))
     assert torch.equal(flipped.view().image, plain.view().image.flip(-1))
     assert torch.equal(flipped.view().keep_mask, plain.view().keep_mask.flip(-1))
     np.testing.assert_array_equal(flipped.companions().gt, plain.companions().gt[:, ::-1])
@@ -197,7 +196,7 @@ def test_flip_mirrors_image_and_mask_together(tmp_path):
 def test_a_crop_is_what_the_sampler_made_unless_known_pixels_are_pasted(tmp_path):
     pair = pairs_with_masks(tmp_path, [0, 255])[0]
     result = np.full((8, 8, 3), 7, np.uint8)
-    plain, pasted = (load_example(pair, DATASET, 8, known_from=level) for level in (None, 255))
+    plain, pasted = (load_pair(pair, DATASET, 8, known_from=level) for level in (None, 255))
     np.testing.assert_array_equal(plain.finish([result]), result)
     finished, original = pasted.finish([result]), np.asarray(noise(8, 8))
     np.testing.assert_array_equal(finished[:, ::2], result[:, ::2])
@@ -220,7 +219,7 @@ def photo_pair(tmp_path: Path, size: tuple[int, int], *holes: tuple[int, int, in
 
 def test_a_photo_keeps_its_size_and_its_known_pixels(tmp_path):
     pair = photo_pair(tmp_path, (101, 67), (3, 5, 7, 9), (80, 40, 90, 60))
-    photo = load_example(pair, REGION, 16)
+    photo = load_pair(pair, REGION, 16)
     assert isinstance(photo, Photo) and photo.views == 2
     for view in map(photo.view, range(2)):
         assert view.image.shape == view.keep_mask.shape == (3, 16, 16)
@@ -236,7 +235,7 @@ def test_a_photo_keeps_its_size_and_its_known_pixels(tmp_path):
 
 
 def test_a_photo_without_a_hole_stays_as_it_is(tmp_path):
-    photo = load_example(photo_pair(tmp_path, (20, 30)), REGION, 16)
+    photo = load_pair(photo_pair(tmp_path, (20, 30)), REGION, 16)
     assert photo.views == 0
     np.testing.assert_array_equal(photo.finish([]), np.asarray(noise(20, 30)))
 

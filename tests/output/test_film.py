@@ -18,7 +18,7 @@ from guided_diffusion.output.film import (
     AHEAD,
     MARK,
     WALKED,
-    ProcessLog,
+    FilmLog,
     Stage,
     due_positions,
     durations,
@@ -37,7 +37,7 @@ def grey(level: float, images: int = 1, side: int = 8) -> torch.Tensor:
     return torch.full((images, 3, side, side), level)
 
 
-def write(process: ProcessLog, name: str = "x.png", ends: list[int] = ENDS, side: int = 8) -> None:
+def write(process: FilmLog, name: str = "x.png", ends: list[int] = ENDS, side: int = 8) -> None:
     """Evaluations of a picture; the estimates get darker, the noisy pictures lighter."""
     for end in ends:
         level = end / 10
@@ -156,7 +156,7 @@ NAMES = (
 
 
 def test_no_name_gets_in_the_way_of_another(tmp_path):
-    process = ProcessLog(str(tmp_path), 1, [0, -1], LEVELS)
+    process = FilmLog(str(tmp_path), 1, [0, -1], LEVELS)
     levels = {name: i / 20 for i, name in enumerate(NAMES)}
     for name, level in levels.items():
         process.begin(name)
@@ -339,7 +339,7 @@ def test_of_too_many_frames_some_are_taken_at_equal_distances():
 def test_a_long_process_is_shown_in_fewer_frames_and_fewest_as_gif(tmp_path, monkeypatch):
     monkeypatch.setattr(film, "WEBP_FRAMES", 6)
     monkeypatch.setattr(film, "GIF_FRAMES", 3)
-    process = ProcessLog(str(tmp_path), 1, plain_times(12), [0.5] * 12)
+    process = FilmLog(str(tmp_path), 1, plain_times(12), [0.5] * 12)
     for position in range(1, 13):
         process.write(["x.png"], position, grey(0, side=64), grey(0, side=64))
     process.finish("x.png")

@@ -30,7 +30,7 @@ from guided_diffusion.machine import memory, ranks, storage
 from guided_diffusion.machine.ranks import Team, World, join
 from guided_diffusion.machine.signals import Interrupted
 from guided_diffusion.run import progress, runner, worker
-from guided_diffusion.run.plan import Plan, make_plan
+from guided_diffusion.run.plan import Job, make_job
 from guided_diffusion.run.progress import ProgressReport
 from guided_diffusion.run.recipe import Recipe
 from guided_diffusion.run.records import Records, load_state
@@ -91,26 +91,15 @@ class FakeInpainter:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
-@dataclass(frozen=True)
-class Job:
-    """A plan, and what it takes to carry it out besides a network."""
+def carry_out(job: Job, inpainter: FakeInpainter) -> None:
+    runner.run(job, lambda config: inpainter)
 
-    plan: Plan
-    recipe: Recipe
-    records: Records
-    team: Team
 
-    def describe(self) -> str:
-        return self.plan.describe(self.recipe.device, self.recipe.speed)
-
-    def run(self, inpainter: FakeInpainter) -> None:
-        runner.run(self.plan, lambda config: inpainter, self.recipe, self.records, self.team)
-
-    def told(self, out: str) -> str:
-        """What a run printed between its plan and the place of its results."""
-        before, after = f"{self.describe()}\n", f"{self.plan.describe_results()}\n"
-        assert out.startswith(before) and out.endswith(after)
-        return out[len(before) : -len(after)]
+def told(job: Job, out: str) -> str:
+    """What a run printed between its plan and the place of its results."""
+    before, after = f"{job.describe()}\n", f"{job.plan.describe_results()}\n"
+    assert out.startswith(before) and out.endswith(after)
+    return out[len(before) : -len(after)]
 
 
 @dataclass(frozen=True)
@@ -132,9 +121,8 @@ class Folder:
     def plan_again(self, device=CPU, speed=PLAIN, **keys: object) -> Job:
         """As a run finds the folder after others."""
         config = self.config(**keys)
-        recipe, records = Recipe(config, device, speed), Records(config.dataset.inpainted_dir)
-        plan = make_plan(config, plain_times(EVALUATIONS), recipe, records)
-        return Job(plan, recipe, records, join(ALONE))
+        recipe, times = Recipe(config, device, speed), plain_times(EVALUATIONS)
+        return make_job(config, times, recipe, join(ALONE))
 
     def config(self, **keys: object):
         """keys: of the dataset, or of the whole run."""
@@ -203,7 +191,7 @@ def told_warnings() -> Iterator[list[warnings.WarningMessage]]:
 def run(job: Job, inpainter: FakeInpainter) -> list[str]:
     """Run to the end; the warnings."""
     with told_warnings() as caught:
-        job.run(inpainter)
+        carry_out(job, inpainter)
     return [str(warning.message) for warning in caught]
 
 
@@ -334,7 +322,7 @@ def test_an_error_that_has_nothing_to_do_with_memory_is_not_taken_for_one(folder
             torch.zeros(2) + torch.zeros(3)
 
     with pytest.raises(RuntimeError, match="must match the size"):
-        folder.plan(2, batch_size=2).run(Broken(always(1)))
+        carry_out(folder.plan(2, batch_size=2), Broken(always(1)))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +343,7 @@ def test_a_single_image_that_does_not_fit_ends_the_run(folder, device, precision
         told_warnings() as caught,
         pytest.raises(UserError) as error,
     ):
-        folder.plan(4, speed=Speed(precision), batch_size=2).run(inpainter)
+        carry_out(folder.plan(4, speed=Speed(precision), batch_size=2), inpainter)
     assert str(error.value) == f"{device} has not enough memory for one image; {remedies}"
     assert len(caught) == 1 and inpainter.sizes == [2, 2, 1]
     assert folder.streams() == expected_streams(2)
@@ -440,7 +428,7 @@ def test_the_estimate_is_made_anew_after_a_failed_batch(folder, capsys):
     with patch.object(progress.time, "monotonic", lambda: clock[0]):
         run(job, Timed(always(1), fails_after=6))
     # Five calls of two images out of 20 evaluations leave 10; then five of one image leave 15.
-    assert job.told(capsys.readouterr().out).splitlines() == [
+    assert told(job, capsys.readouterr().out).splitlines() == [
         "about 5 s left (0.5 s per evaluation)",
         "about 15 s left (1 s per evaluation)",
     ]
@@ -462,7 +450,7 @@ def test_the_estimate_does_not_mix_batches_that_failed_with_others(folder, capsy
     job = folder.plan(2, batch_size=2)
     with patch.object(progress.time, "monotonic", lambda: clock[0]):
         run(job, Timed(always(1), fails_after=3))
-    assert job.told(capsys.readouterr().out) == "about 15 s left (1 s per evaluation)\n"
+    assert told(job, capsys.readouterr().out) == "about 15 s left (1 s per evaluation)\n"
 
 
 # ---- batch_size: auto ----
@@ -643,7 +631,7 @@ def test_an_output_that_is_not_finite_ends_the_run(folder, images, speed, named,
         patch.object(worker, "offered_precisions", lambda device: ["fp32", "bf16", "fp16"]),
         pytest.raises(UserError) as error,
     ):
-        folder.plan(4, speed=speed, batch_size=2).run(inpainter)
+        carry_out(folder.plan(4, speed=speed, batch_size=2), inpainter)
     message = str(error.value)
     assert message.startswith(named) and "not finite" in message and message.endswith(remedy)
     assert "at step 6, after 4 of 10 evaluations" in message
@@ -697,7 +685,7 @@ def test_a_finished_run_loads_nothing_and_says_so(folder, capsys):
     job = folder.plan_again()
     assert job.plan.batches == []
     with patch.object(storage, "move", pytest.fail):
-        runner.run(job.plan, pytest.fail, job.recipe, job.records, job.team)
+        runner.run(job, pytest.fail)
     assert capsys.readouterr().out == (
         "all were finished before (--overwrite makes them again); results: "
         f"{folder.path}/out/results (settings and times: {folder.path}/out/run.json)\n"
@@ -740,7 +728,7 @@ def test_a_signal_stops_after_the_evaluation_and_the_next_run_goes_on(folder, ca
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     inpainter = Eventful(event=lambda: signal.raise_signal(number), attempt=1)
     with pytest.raises(Interrupted) as stop:
-        folder.plan(7, batch_size=3).run(inpainter)
+        carry_out(folder.plan(7, batch_size=3), inpainter)
     assert stop.value.number == number
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert len(folder.states()) == 1 and folder.streams() == expected_streams(3)
@@ -767,7 +755,7 @@ def test_a_signal_after_the_last_evaluation_lets_the_batch_be_written(folder):
             return results
 
     with pytest.raises(Interrupted):
-        folder.plan(4, batch_size=3, checkpoint_every=0).run(Late())
+        carry_out(folder.plan(4, batch_size=3, checkpoint_every=0), Late())
     assert folder.streams() == expected_streams(3) and folder.states() == []
 
 
@@ -798,7 +786,7 @@ def test_the_state_is_saved_in_time(folder):
         config, run = folder.config(checkpoint_every=every), job.records.history().run + 1
         job = replace(job, plan=replace(job.plan, config=config, run=run))
         with patch.object(progress.time, "monotonic", lambda: clock[0]), pytest.raises(Crash):
-            replace(job, team=join(ALONE)).run(Timed())
+            carry_out(replace(job, team=join(ALONE)), Timed())
         states = [load_state(str(path)) for path in folder.states()]
         positions[every] = [state["position"] for state in states]
     assert positions == {300: [6], 700: [7], 0: [8], 1000: []}
@@ -807,7 +795,7 @@ def test_the_state_is_saved_in_time(folder):
 def test_a_state_that_no_batch_goes_on_from_is_removed_in_the_end(folder):
     stop = Eventful(event=lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted):
-        folder.plan(4, batch_size=3).run(stop)
+        carry_out(folder.plan(4, batch_size=3), stop)
     assert len(folder.states()) == 1
     again = FakeInpainter()
     run(folder.plan_again(batch_size=2), again)
@@ -818,7 +806,7 @@ def test_a_state_that_no_batch_goes_on_from_is_removed_in_the_end(folder):
 def test_a_damaged_state_costs_a_line_and_no_image(folder):
     stop = Eventful(event=lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted):
-        folder.plan(2, batch_size=2).run(stop)
+        carry_out(folder.plan(2, batch_size=2), stop)
     (state,) = folder.states()
     state.write_bytes(state.read_bytes()[:-100])
     again = FakeInpainter()
@@ -844,7 +832,7 @@ def test_results_that_go_missing_meanwhile_are_told_and_made_by_the_next_run(fol
     results = folder.path / "out" / "results"
     inpainter = Eventful(event=(results / "0.png").unlink, attempt=2)
     with pytest.raises(UserError, match=r"1 result of 3 went missing, first 0\.png: something"):
-        folder.plan(3).run(inpainter)
+        carry_out(folder.plan(3), inpainter)
     assert folder.record()["finished"] is False
     again = FakeInpainter()
     run(folder.plan_again(), again)
@@ -854,10 +842,10 @@ def test_results_that_go_missing_meanwhile_are_told_and_made_by_the_next_run(fol
 def test_what_another_run_has_finished_meanwhile_is_left_alone(folder):
     slow = folder.plan(2)
     quick = folder.plan_again()  # neither has locked anything: there was nothing to lock
-    quick.run(FakeInpainter())
+    carry_out(quick, FakeInpainter())
     quick.records._lock.close()  # as its process ends
     with pytest.raises(UserError, match="another run has just written to .*; run the same command"):
-        slow.run(FakeInpainter())
+        carry_out(slow, FakeInpainter())
     assert folder.streams() == expected_streams(2)
     assert folder.plan_again().plan.done == {"0.png", "1.png"}
 
@@ -869,7 +857,7 @@ def test_an_input_that_is_another_by_its_turn(folder, changed):
     original = (folder.path / changed).read_bytes()
     Image.new("RGB", (SIZE, SIZE), "blue").save(folder.path / changed)
     with pytest.raises(UserError, match=f"{changed} changed during the run; run the same command"):
-        job.run(FakeInpainter())
+        carry_out(job, FakeInpainter())
     (folder.path / changed).write_bytes(original)
     assert "1.png" not in folder.plan_again().plan.done
 
@@ -906,7 +894,9 @@ def names_recorded(folder: Folder, rank: int) -> list[str]:
 def test_batches_are_handed_out_one_by_one(folder, pair, capsys):
     first, second = pair(7, batch_size=2)
     fast = FakeInpainter()
-    slow = Eventful(event=lambda: second.run(fast))  # all else is done during its first batch
+    slow = Eventful(
+        event=lambda: carry_out(second, fast)
+    )  # all else is done during its first batch
     assert run(first, slow) == []
     assert slow.seeds == [[100, 101]]
     assert fast.seeds == [[102, 103], [104, 105], [106]]
@@ -929,11 +919,11 @@ def test_what_one_process_finds_ends_all(folder, pair, monkeypatch):
     def fail() -> None:
         (folder.path / "gts" / "3.png").write_bytes(b"")
         with pytest.raises(UserError, match=r"^cannot read image .*3\.png") as error:
-            second.run(FakeInpainter())
+            carry_out(second, FakeInpainter())
         seen.append(str(error.value))
 
     with pytest.raises(UserError) as error:
-        first.run(Eventful(event=fail))
+        carry_out(first, Eventful(event=fail))
     assert str(error.value) == f"stopped, because of [rank 1] {seen[0]}"
     (state,) = folder.states()  # of the batch that rank 0 had begun
     assert load_state(str(state))["position"] == 4
@@ -948,7 +938,7 @@ def test_rank_0_does_not_wait_for_ever(folder, pair):
         patch.object(worker, "POLLING", 0),
         pytest.raises(UserError, match="another process has done nothing for half an hour"),
     ):
-        first.run(FakeInpainter())
+        carry_out(first, FakeInpainter())
     assert folder.streams() == {"1.png": SEED + 1, "2.png": SEED + 2}
 
 
@@ -971,7 +961,7 @@ def test_rank_0_waits_for_the_others_while_they_do_something(folder, pair, clock
         team = Team(second.team.world, HashStore())
         settled = {"batch_size": 1, "digest": second.recipe.digest}
         team.store.set("settled plan", json.dumps({"made": settled}))
-        replace(second, plan=plan, team=team).run(inpainter)
+        carry_out(replace(second, plan=plan, team=team), inpainter)
 
     with patch.object(worker.time, "sleep", look):
         run(first, FakeInpainter())

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from guided_diffusion.inpainter import PixelInpainter
-from guided_diffusion.output.film import ProcessLog
+from guided_diffusion.output.film import FilmLog
 from guided_diffusion.run import worker
 from guided_diffusion.run.plan import stream_of_view
 from tests.support.case import EVALUATIONS, Case, assert_same
@@ -207,7 +207,7 @@ def fill_up(*_: object) -> None:
 def test_a_stopped_animation_is_made_by_the_next_run(tmp_path):
     """What is recorded as finished is never looked at again, so the animation comes first."""
     case = small_case(tmp_path, 2, log_every=1)
-    with patch.object(ProcessLog, "finish", fill_up):
+    with patch.object(FilmLog, "finish", fill_up):
         assert "No space left on device" in assert_refused(case.run())
     assert not (case.out / "inpainted").exists()
     with evaluations() as sizes:
@@ -219,7 +219,7 @@ def test_a_stopped_animation_is_made_by_the_next_run(tmp_path):
 def test_a_frame_that_cannot_be_written_costs_no_evaluation(tmp_path):
     case = small_case(tmp_path, 1, log_every=1)
     calls = iter([lambda *_: None, lambda *_: None, fill_up])
-    with patch.object(ProcessLog, "write", lambda *arguments: next(calls)(*arguments)):
+    with patch.object(FilmLog, "write", lambda *arguments: next(calls)(*arguments)):
         assert_refused(case.run())
     with evaluations() as sizes:
         case.finish()

@@ -15,13 +15,13 @@ import torch
 from torch.distributed import HashStore
 
 from guided_diffusion.config import UserError
+from guided_diffusion.images.checks import PairChecks
 from guided_diffusion.images.tensors import flip_decision
 from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import Team, World
 from guided_diffusion.run import plan as planning
-from guided_diffusion.run import recipe
-from guided_diffusion.run.plan import Plan, from_json, make_plan, share_plan, to_json
-from guided_diffusion.run.records import Records
+from guided_diffusion.run import recipe as recipes
+from guided_diffusion.run.plan import Plan, from_json, make_job, make_plan, to_json
 from guided_diffusion.speed.choice import Speed
 from tests.support.plans import CPU, NAMES, SEED, TIMES, Case, names, names_in_batches
 
@@ -112,9 +112,9 @@ def test_the_digests_are_those_of_the_files(case):
 
 def test_a_mask_for_all_images_is_read_once(case):
     case.dataset["mask_path"] = str(case.path / "masks" / "b.png")
-    with patch.object(storage, "file_digest", wraps=storage.file_digest) as digest:
+    with patch.object(storage, "open_binary", wraps=storage.open_binary) as opened:
         plan = case.plan()
-    paths = [call.args[0] for call in digest.call_args_list]
+    paths = [call.args[0] for call in opened.call_args_list]
     assert len([path for path in paths if "/masks/" in path]) == 1
     assert len({task.origin.mask for task in plan.tasks}) == 1
 
@@ -167,10 +167,10 @@ def test_samples_that_are_missing_are_computed_in_their_batch(case):
 
 def test_only_what_is_to_be_done_is_checked(case):
     case.finish(NAMES[:3])
-    with patch.object(planning, "check_pairs", return_value=[1, 1]) as check:
+    with patch.object(PairChecks, "report", autospec=True) as report:
         case.plan()
-    ((pairs, *_), _) = check.call_args
-    assert [pair.name for pair in pairs] == list(NAMES[3:])
+    ((_, found), _) = report.call_args
+    assert [pair.name for pair in found] == list(NAMES[3:])
 
 
 def _write(path: str, content: bytes) -> Callable[[Case], object]:
@@ -316,7 +316,7 @@ def test_a_setting_that_changes_pixels_does_all_again(case, change):
 
 def test_another_version_of_the_program_does_all_again(case):
     case.finish()
-    with patch.object(recipe, "PIXELS", recipe.PIXELS + 1):
+    with patch.object(recipes, "PIXELS", recipes.PIXELS + 1):
         plan = case.plan()
     assert set(plan.redo.values()) == {"version of the program was 1, is 2"}
 
@@ -455,15 +455,14 @@ def test_a_plan_is_the_same_at_the_other_process(case, seed):
 
 
 def in_two_processes(case: Case, overwrite: bool = False) -> list[Plan | UserError]:
-    """What `share_plan` gives, or raises, in the processes of ranks 0 and 1."""
+    """The plans that `make_job` gives, or what it raises, in the processes of ranks 0 and 1."""
     store, found = HashStore(), [None, None]
     config, recipe = case.config(), case.recipe
 
     def share(rank: int) -> None:
         team = Team(World(rank, 2, rank, 2), store)
-        records = Records(str(case.results), rank)
         try:
-            found[rank] = share_plan(team, config, TIMES, recipe, records, overwrite)
+            found[rank] = make_job(config, TIMES, recipe, team, overwrite=overwrite).plan
         except UserError as error:
             found[rank] = error
 

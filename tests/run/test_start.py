@@ -27,7 +27,6 @@ from guided_diffusion.factory import build_times
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ReverseStep, beta_schedule
 from guided_diffusion.images.pairs import Pair, find_pairs
 from guided_diffusion.images.regions import Region, cut_start
-from guided_diffusion.images.views import load_example
 from guided_diffusion.inpainter import PixelInpainter
 from guided_diffusion.repaint import repaint
 from guided_diffusion.run.plan import from_json, to_json
@@ -43,6 +42,7 @@ from guided_diffusion.scheduler import (
 from guided_diffusion.streams import Known, Streams
 from tests.exact_gaussian import DATA, PIXELS, SIDE, BalancedNoise, ideal_network, new_diffusion
 from tests.support.case import EVALUATIONS, GOLDEN, SIZE, Case
+from tests.support.checks import load_pair
 from tests.support.plans import NAMES
 from tests.support.plans import Case as PlanCase
 from tests.support.schedules import schedules
@@ -376,7 +376,7 @@ def test_other_names_are_warned_of(tmp_path):
         find_pairs(images, images, start_path=str(tmp_path / "s"))
 
 
-def example(folder: Path, shape: tuple[int, int], **options: object):
+def pair_in(folder: Path, shape: tuple[int, int], **options: object):
     """An image, a mask that is black in the middle, and a start picture, of this shape."""
     mask = np.full((*shape, 3), 255, np.uint8)
     mask[shape[0] // 3 : 2 * shape[0] // 3, shape[1] // 3 : 2 * shape[1] // 3] = 0
@@ -387,12 +387,12 @@ def example(folder: Path, shape: tuple[int, int], **options: object):
     folders = dict.fromkeys(("inpainted_dir", "gt_masked_dir", "keep_mask_dir"), "x")
     dataset = DatasetConfig(name="x", gt_path="x", mask_path="x", fit=fit, **folders)
     pair = Pair(0, image, mask_path, "0.png", start)
-    return load_example(pair, dataset, 8, **options), pictures
+    return load_pair(pair, dataset, 8, **options), pictures
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_start_picture_is_prepared_and_mirrored_as_its_image_is(tmp_path, flip):
-    crop, (image, _, start) = example(tmp_path, (8, 12), flip=flip)
+    crop, (image, _, start) = pair_in(tmp_path, (8, 12), flip=flip)
     view = crop.view()
     for tensor, picture in ((view.image, image), (view.start, start)):
         centre = picture[:, 2:10]
@@ -403,7 +403,7 @@ def test_a_start_picture_is_prepared_and_mirrored_as_its_image_is(tmp_path, flip
 
 
 def test_a_photo_s_start_picture_is_cut_by_its_regions(tmp_path):
-    photo, (_, _, start) = example(tmp_path, (9, 24), fit="region")
+    photo, (_, _, start) = pair_in(tmp_path, (9, 24), fit="region")
     (region,) = photo.regions
     assert (region.left, region.top, region.side) == (6, -1, 12)  # around a hole of 8 x 3
     view = photo.view(0)

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from guided_diffusion.output.film import (
-    ProcessLog,
+    FilmLog,
 )
 
 # Three steps down, two up, three down: evaluations end at 1, 2, 3, 6, 7 and 8.
@@ -16,8 +16,8 @@ JUMP = [3, 2, 1, 0, 1, 2, 1, 0, -1]
 LEVELS = [0.1, 0.5, 0.834, 0.998]
 
 
-def log(folder: Path | str, every: int = 1) -> ProcessLog:
-    return ProcessLog(str(folder), every, JUMP, LEVELS)
+def log(folder: Path | str, every: int = 1) -> FilmLog:
+    return FilmLog(str(folder), every, JUMP, LEVELS)
 
 
 def frames_of(path: Path) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from guided_diffusion import factory
-from guided_diffusion.images import preview
+from guided_diffusion.run import preview
 from tests.support.case import Case
 from tests.support.small_runs import assert_refused
 

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from guided_diffusion.config import CUT, Config, DatasetConfig, UserError
-from guided_diffusion.images.checks import check_pairs
-from guided_diffusion.images.files import encode_png, picture_grid, read_rgb
-from guided_diffusion.images.pairs import Pair, find_pairs
-from guided_diffusion.images.tensors import image_to_tensor, read_mask, to_bytes
-from guided_diffusion.images.views import Photo, View, black_and_white, load_example
+from guided_diffusion.images.checks import Found, PairChecks
+from guided_diffusion.images.files import encode_png, picture_grid
+from guided_diffusion.images.pairs import Pair, PairFiles, find_pairs, for_each_pair
+from guided_diffusion.images.tensors import decode_mask, image_to_tensor, to_bytes
+from guided_diffusion.images.views import Photo, View, black_and_white, decode_pair
 from guided_diffusion.machine import storage
 
 MOST = 100  # pairs in one picture
@@ -28,16 +28,21 @@ def write_preview(config: Config, out: str) -> str:
     """Draw the pairs of a config's dataset into a PNG; a line about it. Raises UserError."""
     if not out.lower().endswith(".png"):
         raise UserError(f"--preview {out}: accepted: the path of a PNG, such as preview.png")
-    d, size, known_from = config.dataset, config.image_size, config.known_from
+    d = config.dataset
     pairs = find_pairs(d.gt_path, d.mask_path, d.offset, d.max_len, config.start_path)
     _check_apart(out, pairs, d)
-    check_pairs(pairs, d, size, known_from)
-    shown = pairs[:MOST]
-    sheet = _sheet([_draw_pair(pair, d, size, known_from) for pair in shown])
-    try:
+    checks = PairChecks(d, config.image_size, config.known_from)
+
+    def look(pair: Pair, files: PairFiles) -> tuple[Found | UserError, Image.Image | None]:
+        found = checks.inspect(files)
+        drawable = isinstance(found, Found) and checks.fits(found) and pair.index < MOST
+        return found, _draw_pair(pair.name, files, config) if drawable else None
+
+    looked = for_each_pair(pairs, look)
+    checks.report({pair: found for pair, (found, _) in looked.items()})
+    sheet = _sheet([drawn for _, drawn in looked.values() if drawn])
+    with storage.writing(out):
         storage.write_atomically(out, encode_png(np.asarray(sheet)))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     number = f"the first {MOST} of {len(pairs):,}" if pairs[MOST:] else f"{len(pairs)}"
     return f"written: {out} ({number}: image | mask over image | what the network will see)"
 
@@ -54,20 +59,19 @@ def _check_apart(out: str, pairs: Sequence[Pair], d: DatasetConfig) -> None:
             raise UserError(f"--preview {out}: results go to this folder; give another path")
 
 
-def _draw_pair(
-    pair: Pair, dataset: DatasetConfig, image_size: int | None, known_from: int | None
-) -> Image.Image:
+def _draw_pair(name: str, files: PairFiles, config: Config) -> Image.Image:
     """Three pictures side by side, and the name below."""
-    example = load_example(pair, dataset, image_size, known_from=known_from)
-    image, mask = read_rgb(pair.image_path), read_mask(pair.mask_path, dataset.mask_convention)
+    dataset, known_from = config.dataset, config.known_from
+    picture = decode_pair(files, dataset, config.image_size, known_from=known_from)
+    image, mask = files.image.rgb(), decode_mask(files.mask, dataset.mask_convention)
     if known_from == CUT:
         mask = Image.fromarray(black_and_white(mask))
     squares = []
-    if isinstance(example, Photo):
-        squares = [(each.left, each.top, each.side) for each in example.regions]
+    if isinstance(picture, Photo):
+        squares = [(each.left, each.top, each.side) for each in picture.regions]
     elif image.size != mask.size:  # each is cropped on its own, and so they meet
-        image, mask = Image.fromarray(example.image), Image.fromarray(example.mask)
-    seen = [_seen(example.view(k)) for k in range(example.views)] or [np.asarray(image)]
+        image, mask = Image.fromarray(picture.image), Image.fromarray(picture.mask)
+    seen = [_seen(picture.view(number)) for number in range(picture.views)] or [np.asarray(image)]
     cells = [image, _overlaid(image, mask, squares), Image.fromarray(_tiled(seen))]
     row = Image.new("RGB", (3 * CELL + 2 * GAP, CELL + TEXT), "white")
     for column, cell in enumerate(cells):
@@ -75,7 +79,7 @@ def _draw_pair(
         left = column * (CELL + GAP) + (CELL - cell.width) // 2
         row.paste(cell, (left, (CELL - cell.height) // 2))
     font = ImageFont.load_default(12)
-    ImageDraw.Draw(row).text((0, CELL + 2), _printable(pair.name), "black", font)
+    ImageDraw.Draw(row).text((0, CELL + 2), _printable(name), "black", font)
     return row
 
 
