@@ -1,4 +1,4 @@
-"""Draw the README's pictures of the process, from the demo's.
+"""Draw the pictures of the process in docs/report.md, from the demo's.
 
     python test.py --conf_path confs/demo.yml --set log_every=20 --overwrite
     python docs/make/draw_process.py
