@@ -97,16 +97,30 @@ class ConfigFile:
         key, equals, text = override.partition("=")
         if not (key and equals):
             raise UserError(f"--set {override}: accepted: KEY=VALUE, such as --set seed=5")
-        if " #" in text and text.lstrip()[:1] not in ("'", '"'):
-            raise UserError(
-                f"--set {override}: what follows ' #' is a comment in YAML; for a text with it, "
-                "put quotes inside the others: --set 'KEY=\"a #1.png\"'"
-            )
         path = tuple(key.split("."))
         for old in [old for old in self.nodes if old[: len(path)] == path]:
             del self.nodes[old], self.origins[old]
         origin = f"{self.source} with --set {override}"
-        self.record(_compose(text, origin), path, origin, override=origin)
+        self.record(self.read_override(text, path, origin), path, origin, override=origin)
+
+    def read_override(self, text: str, path: _Path, origin: str) -> yaml.Node:
+        """The value of an override: as it is typed, where YAML would read something else.
+
+        So `[1].jpg`, `my: photo.jpg` and `a #1.jpg` need no quotes. Maps of keys are YAML.
+        """
+        if _is_section(path, self.known):
+            return _compose_section(text, origin)
+        typed = yaml.ScalarNode("", text, style="'")  # as if YAML's quotes were around it
+        try:
+            node = _compose(text, origin)
+            if isinstance(node, yaml.ScalarNode):
+                return node if _is_all_of(node, text) else typed
+            self.known[_pattern(path)].parse(typed)
+        except UserError:
+            return typed
+        except (KeyError, ValueError):  # this key takes no such text: a list of numbers, say
+            return node
+        return typed
 
     def find_dataset(self) -> str:
         """The dataset's name; '' if there is none."""
@@ -215,6 +229,22 @@ def _compose(text: str, origin: str) -> yaml.Node:
         problem = getattr(error, "problem", None) or error
         hint = "; indent with spaces, not with tabs" if r"'\t'" in str(problem) else ""
         raise UserError(f"{origin}{place}: not valid YAML: {problem}{hint}") from None
+
+
+def _compose_section(text: str, origin: str) -> yaml.Node:
+    """As `_compose`, for an override that sets several keys. Raises UserError for a comment."""
+    if " #" in text:
+        raise UserError(
+            f"{origin}: what follows ' #' is a comment in YAML; set the key with it alone"
+        )
+    return _compose(text, origin)
+
+
+def _is_all_of(node: yaml.ScalarNode, text: str) -> bool:
+    """Whether nothing of a text is lost in YAML's reading: it is plain, or in quotes as a whole."""
+    text = text.strip()
+    in_quotes = node.style in ("'", '"') and text[0] == text[-1] == node.style
+    return in_quotes or node.value == text
 
 
 def _shown(node: yaml.Node) -> str:

@@ -292,13 +292,61 @@ def test_a_dataset_of_another_name_on_the_command_line_is_explained(write):
         load_config(write(USERS_FILE), ["data.eval.NAME.fit=region"])
 
 
-@pytest.mark.parametrize("text", ["a #1.png", "photos #2/x"])
-def test_what_yaml_takes_for_a_comment_is_not_lost(write, text):
-    with pytest.raises(UserError, match="what follows ' #' is a comment in YAML"):
-        load_config(write(USERS_FILE), [f"data.eval.faces.gt_path={text}"])
-    config = load_config(write(USERS_FILE), [f'data.eval.faces.gt_path="{text}"'])
-    assert config.dataset.gt_path == text
-    assert load_config(write(USERS_FILE), ["model_path=a#1.pt"]).model_path == "a#1.pt"
+TYPED = [
+    *(
+        "[1].jpg",
+        "[1]",
+        "my: photo.jpg",
+        "@me.jpg",
+        "!important.jpg",
+        "!x y.jpg",
+        "%p.jpg",
+        "it's.jpg",
+    ),
+    *("'q'.jpg", "'q' #1.jpg", '"', '"q"uote.jpg', " #1.jpg", "#1.jpg", "a #1.png", "photos #2/x"),
+    *("*.jpg", "&a.jpg", "&a b.jpg", "{a}.jpg", "{a: b}", "- x.jpg", "-", "? y.jpg", "?", ": z"),
+    *("--- t.jpg", "---", "... t.jpg", "|", "> x.jpg", "`t`.jpg", "a: [", "[", "{", "]", "}", ","),
+    *("a\nb.jpg", "a\tb.jpg", "\tb.jpg #1", "<<", "=", "a=b.jpg", "null #1", "5", "1.10", "no"),
+    *("null.jpg", "C:\\me.jpg", "me.jpg:", "a\x07.jpg", "Zoë [2].jpg", "名前: #1.jpg"),
+]
+
+
+@pytest.mark.parametrize("text", TYPED, ids=repr)
+@pytest.mark.parametrize("key", ["data.eval.faces.gt_path", "start_from.path", "name"])
+def test_a_text_on_the_command_line_is_taken_as_it_is_typed(write, key, text):
+    config = load_config(write(USERS_FILE), [f"{key}={text}", "start_from.t=9"])
+    found = {"data.eval.faces.gt_path": config.dataset.gt_path, "name": config.name}
+    assert found.get(key, config.start_from.path) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ('"x.jpg"', "x.jpg"),
+        ("'x.jpg'", "x.jpg"),
+        ("'it''s #1.jpg'", "it's #1.jpg"),
+        ('"a\\u00e9.jpg"', "aé.jpg"),
+        (" '[1].jpg' ", "[1].jpg"),
+        (" me.jpg ", "me.jpg"),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("'null'", "null"),
+        ("a#1.jpg", "a#1.jpg"),
+    ],
+)
+def test_a_text_on_the_command_line_in_yamls_own_words(write, text, path):
+    config = load_config(write(USERS_FILE), [f"start_from.path={text}", "start_from.t=9"])
+    assert config.start_from.path == path
+
+
+def test_lists_and_maps_on_the_command_line_are_yamls(write):
+    paths = "data.eval.faces.paths={srs: a, lrs: b, gt_keep_masks: '[c]'}"
+    config = load_config(write(USERS_FILE), [paths, "attention_resolutions=[16, 8]"])
+    assert (config.dataset.inpainted_dir, config.dataset.keep_mask_dir) == ("a", "[c]")
+    assert config.network.attention_resolutions == (16, 8)
+    paths = "data.eval.faces.paths=srs: photos #2"
+    assert "' #' is a comment in YAML" in refusal(load_config, write(USERS_FILE), [paths])
 
 
 def test_whole_photos_are_not_mirrored(write):
@@ -790,7 +838,13 @@ def test_an_overridden_map_is_replaced(write):
         ("seed=-1", ["mine.yml", "--set seed=-1: seed: found -1", ">= 0"]),
         ("sed=1", ["--set sed=1: sed: unknown key", "nearest known key is seed"]),
         ("seed.x=1", ["--set seed.x=1", "unknown key"]),
-        ("name=[1", ["--set name=[1", "not valid YAML"]),
+        ("seed=5 #x", ["--set seed=5 #x: seed: found '5 #x'; accepted: null or a whole number"]),
+        ("image_size=[64", ["image_size: found '[64'; accepted: a whole number"]),
+        ("attention_resolutions=[a]", ["found a list; accepted: whole numbers >= 1 with commas"]),
+        ("data.eval.faces.gtpath=@me.jpg", ["nearest known key is data.eval.faces.gt_path"]),
+        ("data.eval.faces.gt_path=null", ["gt_path: found null; accepted: a path"]),
+        ("data.eval.faces.gt_path=", ["gt_path: found nothing; accepted: a path"]),
+        ("schedule_jump_params={t_T: 5", ["--set schedule_jump_params={t_T: 5", "not valid YAML"]),
         ("data.eval.other.gt_path=x", ["data.eval: found 2 datasets (faces, other)"]),
         ("schedule_jump_params.jump_lenght=1", ["nearest", "schedule_jump_params.jump_length"]),
         ("schedule_jump_params.t_T=251", ["--set", "t_T: found 251", "at most 250"]),
