@@ -18,14 +18,14 @@ from guided_diffusion.checkpoints.loading import (
 from guided_diffusion.config import Config, DiffusionConfig, StartConfig, UserError, load_config
 from guided_diffusion.denoiser import Denoiser, Network, ddim, guided, guided_x0, network_denoiser
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
-from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
+from guided_diffusion.inpainter import Inpainter, LangevinInpainter, PixelInpainter, Start
 from guided_diffusion.latent import LatentInpainter, latent_process
 from guided_diffusion.machine.ranks import ALONE, World
 from guided_diffusion.networks.autoencoder import Autoencoder
 from guided_diffusion.networks.params import NUM_CLASSES
 from guided_diffusion.networks.unet import Classifier, UNet
 from guided_diffusion.respace import Process, respaced_process
-from guided_diffusion.scheduler import ddim_times, times_of
+from guided_diffusion.scheduler import ddim_times, levels_of, times_of
 from guided_diffusion.speed import choice
 from guided_diffusion.speed.choice import Speed
 from guided_diffusion.speed.loading import load_autoencoder, load_network
@@ -155,9 +155,29 @@ class PixelModel:
             clip_denoised=config.clip_denoised,
         )
         if config.classifier:
-            guide = guided_x0 if config.use_ddim else guided
+            guide = guided_x0 if config.use_ddim or config.langevin else guided
             denoiser = guide(denoiser, networks["classifier"], process, config.classifier.scale)
         return ddim(denoiser, process, config.ddim_eta) if config.use_ddim else denoiser
+
+
+class QuickModel(PixelModel):
+    """Method pixel with the quick sampler, whose levels are steps of the base process."""
+
+    def inpainter(
+        self, networks: Networks, process: Process, times: Sequence[int]
+    ) -> LangevinInpainter:
+        config = self.config
+        return LangevinInpainter(
+            self._denoiser(networks, process),
+            process.diffusion,
+            levels_of(config),
+            config.network.image_size,
+            config.langevin.attraction,
+            num_classes=NUM_CLASSES,
+            cond_y=config.cond_y,
+            merge_known=config.merge_known,
+            start_from=_kind_of_start(config.start_from),
+        )
 
 
 class LatentModel:
@@ -207,12 +227,12 @@ class LatentModel:
         )
 
 
-_MODELS = {"pixel": PixelModel, "latent": LatentModel}
+_MODELS = {"repaint": PixelModel, "langevin": QuickModel, "latent": LatentModel}
 
 
 def model_of(config: Config) -> PixelModel | LatentModel:
-    """What a config's method stands for."""
-    return _MODELS[config.method](config)
+    """What a config's method and sampler stand for."""
+    return _MODELS["latent" if config.latent else config.sampler](config)
 
 
 def _kind_of_start(start: StartConfig | None) -> Start:
@@ -273,7 +293,7 @@ def _check_time_shift(config: Config, times: list[int], steps: int) -> None:
 
 def _warn_of_low_start(config: Config, times: list[int], diffusion: GaussianDiffusion) -> None:
     steps = diffusion.num_timesteps
-    if config.start_from or times[0] == steps - 1:
+    if config.start_from or config.langevin or times[0] == steps - 1:
         return
     noise = (1 - diffusion.alphas_cumprod[times[0]]) ** 0.5
     warnings.warn(

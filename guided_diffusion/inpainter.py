@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.images.files import prepare
 from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, paste_known, to_bytes
-from guided_diffusion.repaint import repaint
-from guided_diffusion.scheduler import count_evaluations
+from guided_diffusion.langevin import langevin
+from guided_diffusion.repaint import Denoise, repaint
+from guided_diffusion.scheduler import Level, count_evaluations
 from guided_diffusion.streams import (
     AfterEvaluation,
     Evaluation,
@@ -69,6 +70,12 @@ class Inpainter(ABC):
         size: (H, W) of the batch.
         """
         return x
+
+    @property
+    def noise_words(self) -> list[str]:
+        """How noisy x_t is at each time, in words."""
+        noise = (1 - self.diffusion.alphas_cumprod) ** 0.5
+        return [f"noise {100 * level:.0f} %" for level in noise]
 
     def first_step(self) -> "Inpainter":
         """This inpainter with a walk of one evaluation, which needs as much memory as all."""
@@ -250,11 +257,27 @@ class PixelInpainter(Inpainter):
         streams = Streams(seeds, self.diffusion.device)
         y = self._classes(streams)
         known = Known(*(self._on_device(each) for each in (gt, keep_mask.expand_as(gt))))
+        if start_picture is not None:
+            start_picture = self._on_device(start_picture)
+        denoise = FiniteCheck(lambda x_t, t: self.denoiser(x_t, t, y))
+        x = self._draw(denoise, known, streams, start_picture, resume, after_evaluation)
+        denoise.finish()
+        return x.cpu()
+
+    def _draw(
+        self,
+        denoise: Denoise,
+        known: Known,
+        streams: Streams,
+        start_picture: torch.Tensor | None,
+        resume: SamplerState | None,
+        after_evaluation: AfterEvaluation | None,
+    ) -> torch.Tensor:
+        """The sampler's output; all tensors are on the diffusion's device."""
         x, position = begin(streams, known.pixels, resume)
         if start_picture is not None and resume is None:
-            x = self.diffusion.q_sample(self._on_device(start_picture), self.times[0], x)
-        denoise = FiniteCheck(lambda x_t, t: self.denoiser(x_t, t, y))
-        x = repaint(
+            x = self.diffusion.q_sample(start_picture, self.times[0], x)
+        return repaint(
             denoise,
             self.diffusion,
             self.times,
@@ -266,8 +289,6 @@ class PixelInpainter(Inpainter):
             position=position,
             after_evaluation=after_evaluation,
         )
-        denoise.finish()
-        return x.cpu()
 
     def _classes(self, streams: Streams) -> torch.Tensor:
         """(B,); drawn for unconditional networks too, as the original does."""
@@ -277,6 +298,70 @@ class PixelInpainter(Inpainter):
 
     def _on_device(self, pictures: torch.Tensor) -> torch.Tensor:
         return pictures.to(self.diffusion.device).contiguous(memory_format=torch.channels_last)
+
+
+class LangevinInpainter(PixelInpainter):
+    """The quick sampler: the network sees the pixels themselves, at noise levels of all steps."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        diffusion: GaussianDiffusion,
+        levels: Sequence[Level],
+        image_size: int,
+        attraction: float,
+        **options: Any,
+    ):
+        """diffusion: the base process, all its steps. levels: see `scheduler.langevin_levels`.
+        attraction: see `langevin`. options: of `PixelInpainter`; known pixels always come out
+        exactly.
+        """
+        times = [level.step for level in levels]
+        super().__init__(denoiser, diffusion, times, image_size, paste_known=True, **options)
+        self.levels = levels
+        self.attraction = attraction
+
+    @property
+    def noise_words(self) -> list[str]:
+        """See `Inpainter.noise_words`."""
+        abar = self.diffusion.alphas_cumprod
+        return [f"sigma {sigma:.2g}" for sigma in ((1 - abar) / abar) ** 0.5]
+
+    def first_step(self) -> "LangevinInpainter":
+        """See `Inpainter.first_step`."""
+        shortened = super().first_step()
+        shortened.levels = (self.levels[0], self.levels[-1])
+        return shortened
+
+    def _draw(
+        self,
+        denoise: Denoise,
+        known: Known,
+        streams: Streams,
+        start_picture: torch.Tensor | None,
+        resume: SamplerState | None,
+        after_evaluation: AfterEvaluation | None,
+    ) -> torch.Tensor:
+        """See `PixelInpainter._draw`."""
+        if not self.merge_known:
+            known = Known(known.pixels, torch.zeros_like(known.mask))
+        z, position = begin(streams, known.pixels, resume)
+        x0_before = resume.x0_before.to(z.device) if resume else None
+        if resume is None:  # noise around what is there to begin with
+            unknown = torch.zeros_like(z) if start_picture is None else start_picture
+            mean = known.mask * known.pixels + (1 - known.mask) * unknown
+            z = mean + self.levels[0].sigma * z
+        return langevin(
+            lambda x_t, t: denoise(x_t, t).pred_x0,
+            self.levels,
+            z,
+            streams,
+            known=known,
+            attraction=self.attraction,
+            x0_before=x0_before,
+            position=position,
+            after_evaluation=after_evaluation,
+        )
 
 
 class _Counter:

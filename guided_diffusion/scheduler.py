@@ -9,16 +9,27 @@ Run by path it draws the list of the paper's setting, or of a config, or of seve
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+
+import numpy as np
 
 if __package__ is None or __package__ == "":  # run by path: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from guided_diffusion.config import Config, ScheduleConfig, UserError, load_config
+from guided_diffusion.config import (
+    Config,
+    DiffusionConfig,
+    LangevinConfig,
+    ScheduleConfig,
+    UserError,
+    load_config,
+)
 
 PAPER_SCHEDULE = ScheduleConfig(t_T=250, n_sample=1, jump_length=10, jump_n_sample=10)
 
@@ -95,6 +106,8 @@ def times_of(config: Config) -> list[int]:
     """What the sampler of a config walks."""
     if config.latent:
         return ddim_times(config.latent.ddim_steps)[1]
+    if config.langevin:
+        return [level.step for level in levels_of(config)]
     kept = config.diffusion.kept_steps
     times = jump_times(config.schedule) if config.schedule else plain_times(kept)
     return times_from(times, config.start_from.t) if config.start_from else times
@@ -111,8 +124,96 @@ def times_from(times: list[int], t: int) -> list[int]:
 
 
 def count_evaluations(times: list[int]) -> int:
-    """Network evaluations that a list of times costs."""
-    return sum(u < t for t, u in pairwise(times))
+    """Network evaluations that a list of times costs: one for each pair that does not go up."""
+    return sum(u <= t for t, u in pairwise(times))
+
+
+# ---- Levels of the quick sampler -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Level:
+    """A noise level, and the Langevin step that is taken where two neighbours are the same."""
+
+    step: int  # t, of the base process; −1: the picture itself
+    sigma: float  # of z, see `langevin`; 0 at step −1
+    step_size: float = 0.0  # h: what is above x_0 shrinks by exp(−h)
+    noise: float = 0.0  # standard deviation of what is added
+
+
+PICTURE = Level(-1, 0.0)  # where a walk ends
+DATA_STD = 0.4  # σ_d, of pixels in [-1, 1]
+
+
+def levels_of(config: Config) -> list[Level]:
+    """What the quick sampler of a config walks."""
+    abar = _alphas_cumprod(config.diffusion)
+    levels = langevin_levels(config.langevin, abar)
+    if config.start_from:
+        return [level for level in levels if level.step <= config.start_from.t]
+    return levels
+
+
+def describe_levels(config: Config) -> str:
+    """How the quick sampler of a config splits its evaluations, in words."""
+    levels = levels_of(config)[:-1]
+    number = len(set(levels))
+    sigmas = f"σ {levels[0].sigma:.3g} to {levels[-1].sigma:.2g}"
+    steps = f"{len(levels) - number} Langevin steps between them"
+    return f"sampler langevin: {number} noise levels ({sigmas}), {steps}"
+
+
+def langevin_levels(params: LangevinConfig, alphas_cumprod: np.ndarray) -> list[Level]:
+    """The levels to walk, from the noisiest to the picture; each pair is one evaluation.
+
+    alphas_cumprod: ᾱ of the base process, (T,), all its steps. Unless `params.levels` says how
+    many there are, as many as cost at most `params.evaluations`: they cost as many or one less,
+    unless the process has too few steps. Levels with inner_from < σ < inner_to are there once more
+    for each Langevin step.
+    """
+    sigmas = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+    if params.levels:
+        walk = _noise_walk(params, sigmas, params.levels)
+    else:
+        walks = (_noise_walk(params, sigmas, n) for n in range(2 * params.evaluations, 0, -1))
+        walk = next(walk for walk in walks if len(walk) <= params.evaluations)
+    return [*(_level(params, step, float(sigmas[step])) for step in walk), PICTURE]
+
+
+def _noise_walk(params: LangevinConfig, sigmas: np.ndarray, number: int) -> list[int]:
+    """The steps of so many levels, descending, as often as they are evaluated."""
+    steps = _noise_steps(params, sigmas, number)
+    inner = [step for step in steps if params.inner_from < sigmas[step] < params.inner_to]
+    return sorted(steps + inner * params.inner_steps, reverse=True)
+
+
+def _noise_steps(params: LangevinConfig, sigmas: np.ndarray, number: int) -> list[int]:
+    """Steps of the base process whose σ are nearest to those of EDM (Karras et al. 2022, eq. 5)."""
+    low, high = (sigma ** (1 / params.rho) for sigma in (params.sigma_min, params.sigma_max))
+    wanted = np.linspace(low, high, number) ** params.rho
+    between = np.sqrt(sigmas[:-1] * sigmas[1:])
+    return np.unique(np.searchsorted(between, wanted)).tolist()
+
+
+def _level(params: LangevinConfig, step: int, sigma: float) -> Level:
+    """The level at this step, with a Langevin step that keeps the variance.
+
+    It keeps it exactly where x_0 follows z with the slope c = σ_d² / (σ_d² + σ²), as of data whose
+    pixels are independent. For c = 0 it is LanPaint's step, exact for a fixed x_0.
+    """
+    h = min(params.step_size, sigma)
+    decay, slope = math.exp(-h), DATA_STD**2 / (DATA_STD**2 + sigma**2)
+    noise = params.noise * sigma * math.sqrt(1 - decay**2 + slope * (1 - decay) ** 2)
+    return Level(step, sigma, h, noise)
+
+
+def _alphas_cumprod(diffusion: DiffusionConfig) -> np.ndarray:
+    from guided_diffusion.gaussian_diffusion import beta_schedule  # with torch, which takes seconds
+
+    return np.cumprod(1 - beta_schedule(diffusion.noise_schedule, diffusion.diffusion_steps))
+
+
+# ---- Jumps -----------------------------------------------------------------------------------
 
 
 def _walk(params: ScheduleConfig) -> Iterator[int]:

@@ -69,6 +69,7 @@ class SamplerState:
     position: int  # of the next transition
     x: torch.Tensor  # (B, C, H, W)
     streams: list[torch.Tensor]  # see `Streams.state`
+    x0_before: torch.Tensor | None = None  # of the evaluation before, for a sampler that needs it
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,18 @@ class Evaluation:
     x: torch.Tensor  # (B, C, H, W), noisy
     pred_x0: torch.Tensor  # (B, C, H, W), the x_0 that the network predicts
     streams: Streams
+    signal: float = 1.0  # √ᾱ, if x is x_t divided by that
+    needs_x0: bool = False  # to go on
+
+    @property
+    def x_t(self) -> torch.Tensor:
+        """The noisy picture, √ᾱ x_0 and noise."""
+        return self.x * self.signal
 
     def state(self) -> SamplerState:
         """What to go on from later."""
-        return SamplerState(self.position, self.x, self.streams.state())
+        x0_before = self.pred_x0 if self.needs_x0 else None
+        return SamplerState(self.position, self.x, self.streams.state(), x0_before)
 
 
 AfterEvaluation = Callable[[Evaluation], None]

@@ -1,8 +1,8 @@
-"""How far RePaint's samples are from the truth, where the truth is known.
+"""How far samples are from the truth, where the truth is known.
 
 The data are small Gaussian images, so the ideal network and the distribution of the hidden pixels
 given the known ones have closed forms. Prints a table for some r (walks over each stretch) and
-j (steps in a stretch), the paper's being r = j = 10:
+j (steps in a stretch) of RePaint, the paper's being r = j = 10, and for the quick sampler:
 
     python tests/exact_gaussian.py
 """
@@ -18,11 +18,12 @@ import torch
 if __package__ is None or __package__ == "":  # run by path: make the package importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from guided_diffusion.config import ScheduleConfig
+from guided_diffusion.config import LangevinConfig, ScheduleConfig
 from guided_diffusion.gaussian_diffusion import Ddim, GaussianDiffusion, ReverseStep, beta_schedule
+from guided_diffusion.langevin import PredictX0, langevin
 from guided_diffusion.repaint import Denoise, repaint
 from guided_diffusion.respace import respaced_process
-from guided_diffusion.scheduler import count_evaluations, jump_times
+from guided_diffusion.scheduler import count_evaluations, jump_times, langevin_levels
 from guided_diffusion.streams import Known, Streams
 
 SIDE = 4
@@ -198,13 +199,89 @@ def inpainting_error(r: int, j: int = 10, steps: int = STEPS, eta: float | None 
     return distance(inpainted(r, j, steps, eta).marginal(~KNOWN), TRUTH)
 
 
+# ---- The quick sampler -----------------------------------------------------------------------
+
+
+def ideal_x0(data: Gaussian, alphas_cumprod: np.ndarray) -> PredictX0:
+    """E[x_0 | x_t] = μ + Σ (Σ + σ² I)⁻¹ (z − μ), z = x_t / √ᾱ, σ² = 1/ᾱ − 1."""
+    mean = torch.from_numpy(data.mean.astype(np.float32))
+
+    @cache
+    def gain(t: int) -> torch.Tensor:
+        variance = 1 / alphas_cumprod[t] - 1
+        inverse = np.linalg.inv(data.cov + variance * np.eye(len(data.mean)))
+        return torch.from_numpy((inverse @ data.cov).astype(np.float32))
+
+    def predict_x0(x: torch.Tensor, t: int) -> torch.Tensor:
+        z = x.flatten(1) / float(np.sqrt(alphas_cumprod[t]))
+        return (mean + (z - mean) @ gain(t)).view_as(x)
+
+    return predict_x0
+
+
+class Impulses:
+    """Noise in place of `Streams` from which the moments of an affine sampler can be read.
+
+    Row 0 of the batch has no noise, and each other row has one number, 1, in one pixel of one
+    draw. The result in row 0 is then the mean; what the other rows add to it are the columns of
+    a square root of the covariance.
+    """
+
+    def __init__(self, draws: int):
+        self.draw, self.batch = 0, 1 + draws * PIXELS
+
+    def normal(self, like: torch.Tensor) -> torch.Tensor:
+        """like: (batch, 1, SIDE, SIDE)."""
+        noise = torch.zeros(self.batch, PIXELS)
+        first = 1 + self.draw * PIXELS
+        noise[first : first + PIXELS] = torch.eye(PIXELS)
+        self.draw += 1
+        return noise.view_as(like)
+
+
+def langevin_samples(
+    evaluations: int, streams: Streams | Impulses, batch: int, **options: float
+) -> np.ndarray:
+    """What the quick sampler draws, given the known half of IMAGE: (batch, PIXELS), float64."""
+    alphas_cumprod = np.cumprod(1 - beta_schedule("linear", 1000))
+    gt, keep_mask = (
+        torch.from_numpy(row.astype(np.float32)).expand(batch, PIXELS).reshape(-1, 1, SIDE, SIDE)
+        for row in (np.where(KNOWN, IMAGE, 0), KNOWN)
+    )
+    levels = langevin_levels(LangevinConfig(evaluations=evaluations), alphas_cumprod)
+    predict_x0 = ideal_x0(DATA, alphas_cumprod)
+    z = gt * keep_mask + levels[0].sigma * streams.normal(gt)
+    drawn = langevin(predict_x0, levels, z, streams, known=Known(gt, keep_mask), **options)
+    return drawn.flatten(1).numpy().astype(np.float64)
+
+
+@cache
+def langevin_inpainted(evaluations: int, **options: float) -> Gaussian:
+    """The moments over all pixels of what the quick sampler draws, without sampling error."""
+    impulses = Impulses(1 + evaluations)
+    rows = langevin_samples(evaluations, impulses, impulses.batch, **options)
+    root = rows[1:] - rows[0]
+    return Gaussian(rows[0], root.T @ root)
+
+
+def langevin_error(evaluations: int) -> Distance:
+    """How far the hidden pixels that the quick sampler draws are from the truth."""
+    return distance(langevin_inpainted(evaluations).marginal(~KNOWN), TRUTH)
+
+
 def main() -> None:
     print("| r | j | evaluations | error of the mean (std) | error of the covariance | KL (nats) |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for r, j in ((1, 10), (5, 10), (10, 10), (10, 5), (10, 1)):
-        cost = count_evaluations(times_for(r, j))
-        error = inpainting_error(r, j)
-        print(f"| {r} | {j} | {cost:,} | {error.mean:.3f} | {error.cov:.1%} | {error.kl:.3f} |")
+        _print_row(str(r), str(j), count_evaluations(times_for(r, j)), inpainting_error(r, j))
+    alphas_cumprod = np.cumprod(1 - beta_schedule("linear", 1000))
+    for evaluations in (16, 32, 48, 100, 200):
+        cost = len(langevin_levels(LangevinConfig(evaluations=evaluations), alphas_cumprod)) - 1
+        _print_row("Langevin", "–", cost, langevin_error(evaluations))
+
+
+def _print_row(r: str, j: str, cost: int, error: Distance) -> None:
+    print(f"| {r} | {j} | {cost:,} | {error.mean:.3f} | {error.cov:.1%} | {error.kl:.3f} |")
 
 
 if __name__ == "__main__":

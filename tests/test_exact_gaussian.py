@@ -128,4 +128,5 @@ def test_the_table_has_a_row_for_each_setting(capsys):
         ["5", "10", "1,210"],
         ["10", "10", "2,410"],
     ]
+    assert [row[0] for row in rows[7:]] == ["Langevin"] * 5
     assert {len(row) for row in rows} == {6}

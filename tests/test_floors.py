@@ -19,7 +19,7 @@ FLOORS = (
     ("networks", "gaussian_diffusion", "streams"),
     ("config",),
     ("machine", "downloads", "respace", "repaint", "scheduler"),
-    ("images", "checkpoints", "denoiser"),
+    ("images", "checkpoints", "denoiser", "langevin"),
     ("masks", "speed", "evaluation", "output", "inpainter"),
     ("run", "latent"),
     ("factory",),

@@ -46,6 +46,14 @@ class ConfigFile:
         """Whether there is such a section, be it an empty one."""
         return self.has(f"{name}.") or isinstance(self.nodes.get((name,)), yaml.MappingNode)
 
+    def drop_unless_overridden(self, section: str, by: str) -> None:
+        """Forget a section of the file itself where an override of the key `by` asks otherwise."""
+        if " with --set " not in self.origins.get((by,), ""):
+            return
+        for key in [key for key in self.values if f"{key}.".startswith(f"{section}.")]:
+            if " with --set " not in self.origins[tuple(key.split("."))]:
+                del self.values[key]
+
     def make(self, cls: type[_Part], **parts: Any) -> _Part:
         """`cls` from the values of its keys; `parts` are the fields that no key sets."""
         given = {}
@@ -165,6 +173,8 @@ class ConfigFile:
             name = key.replace("*", dataset)
             pairs = (path[-1].lower(), name.rpartition(".")[2]), (".".join(path), name)
             last, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+            if path[-1] in pairs[0][1].split("_"):  # `steps` is rather diffusion_steps
+                last = max(last, 0.75)
             if key not in own and last < 0.9:
                 last = 0  # a key of another kind of run has to be meant for sure
             return last, key in own, whole

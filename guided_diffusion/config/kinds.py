@@ -134,6 +134,8 @@ CountOrDefault = Annotated[
 Share = Annotated[float, _number(float, "a number >= 0 and < 1", lambda x: 0 <= x < 1)]
 Positive = Annotated[float, _number(float, "a number > 0", lambda x: 0 < x < math.inf)]
 NotNegative = Annotated[float, _number(float, "a number >= 0", lambda x: 0 <= x < math.inf)]
+Evaluations = Annotated[int, whole(16, 500)]
+Attraction = Annotated[float, _number(float, "a number from 0 to 2", lambda x: 0 <= x <= 2)]
 Blocks = Annotated[int, whole(1, 100)]
 Side = Annotated[int, whole(1, 2**14)]
 Label = Annotated[int, whole(0, 999)]

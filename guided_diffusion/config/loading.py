@@ -14,8 +14,10 @@ from guided_diffusion.config.problems import (
     ddim_problems,
     diffusion_problems,
     folder_problems,
+    langevin_problems,
     latent_problems,
     precision_problems,
+    sampler_problems,
     start_problems,
 )
 from guided_diffusion.config.vocabulary import METHODS, TRAINING, key_of, kinds_of
@@ -42,6 +44,11 @@ def load_config(
 
 
 def _pixel_config(file: ConfigFile) -> schema.Config:
+    sampler = file.values.get("sampler", "repaint")
+    if sampler == "langevin":
+        file.drop_unless_overridden("schedule_jump_params", by="sampler")
+        file.values["timestep_respacing"] = ""  # it takes its levels from all steps
+    file.refuse_first(sampler_problems(file.values, sampler))
     schedule = file.make(schema.ScheduleConfig) if file.has("schedule_jump_params.") else None
     if schedule:
         file.values.setdefault("timestep_respacing", str(schedule.t_T))
@@ -50,6 +57,7 @@ def _pixel_config(file: ConfigFile) -> schema.Config:
         file,
         network=_network(file),
         diffusion=file.make(schema.DiffusionConfig),
+        langevin=file.make(schema.LangevinConfig) if sampler == "langevin" else None,
         schedule=schedule,
         start_from=file.make(schema.StartConfig) if file.has_section("start_from") else None,
         classifier=classifier if classifier.scale and classifier.path else None,
@@ -58,6 +66,7 @@ def _pixel_config(file: ConfigFile) -> schema.Config:
         diffusion_problems(config.diffusion, schedule),
         ddim_problems(config),
         start_problems(config),
+        langevin_problems(config),
     )
     if config.classifier:
         shape = partial(classifier.params, config.network.image_size)

@@ -55,6 +55,30 @@ def ddim_problems(config: Config) -> Problems:
         yield "ddim_eta", "0 without use_ddim: true, since it has no effect then"
 
 
+def sampler_problems(values: Mapping[str, Any], sampler: str) -> Problems:
+    if sampler == "langevin":
+        if any(key.startswith("schedule_jump_params.") for key in values):
+            yield "schedule_jump_params", "no such section with sampler: langevin; set evaluations"
+        if values.get("use_ddim"):
+            yield "use_ddim", "false with sampler: langevin, whose steps are its own"
+        return
+    for key in values:
+        if key == "evaluations" or key.startswith("langevin."):
+            yield key, "no such key without sampler: langevin"
+
+
+def langevin_problems(config: Config) -> Problems:
+    params, steps = config.langevin, config.diffusion.diffusion_steps
+    if not params:
+        return
+    if params.levels and params.levels > steps:
+        yield "langevin.levels", f"at most {steps}, the diffusion_steps"
+    if params.sigma_min >= params.sigma_max:
+        yield "langevin.sigma_min", f"a number below langevin.sigma_max, {params.sigma_max:g}"
+    if params.inner_from >= params.inner_to:
+        yield "langevin.inner_from", f"a number below langevin.inner_to, {params.inner_to:g}"
+
+
 def start_problems(config: Config) -> Problems:
     steps = config.schedule.t_T if config.schedule else config.diffusion.kept_steps
     if config.start_from and config.start_from.t >= steps:

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from guided_diffusion.config.kinds import (
+    Attraction,
     BatchSize,
     Blocks,
     Colours,
@@ -19,6 +20,7 @@ from guided_diffusion.config.kinds import (
     CountOrZero,
     DDIMSteps,
     Device,
+    Evaluations,
     FilePath,
     Flag,
     Label,
@@ -151,6 +153,23 @@ class ScheduleConfig:
     jump3_length: Count = pixels(1)
     jump3_n_sample: Count = pixels(1)
     start_resampling: CountOrZero = pixels(100_000_000)  # no jumps to later times than this
+
+
+@dataclass(frozen=True, kw_only=True)
+class LangevinConfig:
+    """The quick sampler: its evaluations, and for experts what it does with them."""
+
+    evaluations: Evaluations = pixels(48)  # of the network for an image, at most; a key at the top
+    levels: Count | None = pixels(None)  # noise levels; None = as many as evaluations allow
+    inner_steps: CountOrZero = pixels(1)  # Langevin steps at each level at middle noise
+    inner_from: NotNegative = pixels(0.15)  # σ of middle noise
+    inner_to: NotNegative = pixels(6.0)
+    step_size: Positive = pixels(2.0)  # the largest h of a Langevin step; h is at most σ
+    noise: NotNegative = pixels(1.0)  # of a Langevin step, times what keeps the variance
+    attraction: Attraction = pixels(1.6)  # how far known pixels move, and pull the others
+    rho: Positive = pixels(6.0)  # the higher, the more levels at low noise
+    sigma_min: Positive = pixels(0.035)  # σ of the lowest level, and of the highest
+    sigma_max: Positive = pixels(20.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +306,9 @@ class Config:
     clip_denoised: Flag = pixels(True)  # clamp the predicted x_0 to [-1, 1]
     use_ddim: Flag = pixels(False)  # DDIM's steps down instead of the ancestral ones
     ddim_eta: NotNegative = pixels(0.0)  # their noise: 0 = none, 1 = the posterior's
-    schedule: ScheduleConfig | None  # None = plain ancestral sampling
+    sampler: Literal["repaint", "langevin"] = pixels("repaint")
+    langevin: LangevinConfig | None = None  # None = sampler repaint
+    schedule: ScheduleConfig | None  # None = plain ancestral sampling, or sampler langevin
     start_from: StartConfig | None = None  # None = pure noise
     merge_known: Flag = pixels(True)  # merge the known region
     time_shift: Shift = pixels(1)  # going up from t takes beta[t + shift]
@@ -313,7 +334,7 @@ class Config:
         """Level of the mask (0 to 255) from which the input's own bytes come out; None: never."""
         if self.latent:
             return CUT
-        return 255 if self.paste_known else None
+        return 255 if self.paste_known or self.langevin else None
 
     @property
     def start_path(self) -> str | None:

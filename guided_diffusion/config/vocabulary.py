@@ -17,6 +17,7 @@ _PREFIXES = {
     schema.ClassifierConfig: "classifier_",
     schema.ScheduleConfig: "schedule_jump_params.",
     schema.StartConfig: "start_from.",
+    schema.LangevinConfig: "langevin.",
     schema.LatentUNetConfig: "latent.unet.",
     schema.AutoencoderConfig: "latent.autoencoder.",
     schema.DatasetConfig: "data.eval.*.",
@@ -34,6 +35,8 @@ _YAML_NAMES = {
         "keep_mask_dir": "paths.gt_keep_masks",
     },
 }
+
+_AT_THE_TOP = ((schema.LangevinConfig, "evaluations"),)  # apart from those of experts
 
 # Found in users' files, of no effect.
 _NO_EFFECT = {
@@ -79,6 +82,8 @@ def kinds_of(cls: type) -> dict[str, Kind]:
 
 def key_of(cls: type, name: str) -> str:
     """The dotted path in YAML of a dataclass's field."""
+    if (cls, name) in _AT_THE_TOP:
+        return name
     return _PREFIXES.get(cls, "") + _YAML_NAMES.get(cls, {}).get(name, name)
 
 
@@ -94,6 +99,8 @@ _NOT_LATENT = {
     **dict.fromkeys(_vocabulary(schema.DiffusionConfig), _NO("has a diffusion process of its own")),
     **dict.fromkeys(_vocabulary(schema.ScheduleConfig), _NO("does not resample")),
     **dict.fromkeys(_vocabulary(schema.StartConfig), _NO("always starts from noise")),
+    **dict.fromkeys(_vocabulary(schema.LangevinConfig), _NO("has a sampler of its own")),
+    **dict.fromkeys(("sampler", "evaluations"), _NO("has a sampler of its own, see ddim_steps")),
     **dict.fromkeys(_vocabulary(schema.ClassifierConfig), _NO("takes no guidance")),
     "num_channels": _INSTEAD("latent.unet.model_channels"),
     "num_res_blocks": _INSTEAD("latent.unet.num_res_blocks"),
@@ -120,6 +127,7 @@ _PIXEL_KEYS = {
     **_SHARED_KEYS,
     **_NETWORK_KEYS,
     **_vocabulary(schema.ClassifierConfig, schema.ScheduleConfig, schema.StartConfig),
+    **_vocabulary(schema.LangevinConfig),
     "image_size": replace(whole(1), accepts="a whole number >= 1, or null with method: latent"),
 }
 _LATENT_KEYS = {

@@ -37,11 +37,11 @@ Frame = tuple[int, Image.Image, Image.Image]  # transitions done, x_0, x_t
 def due_positions(times: Sequence[int], every: int) -> list[int]:
     """After how many transitions the process is shown, ascending.
 
-    Only a step down in time evaluates the network, and gives something to show. These are the first
+    A step up in time evaluates no network, and gives nothing to show. These are the first
     evaluations that end at or after each multiple of `every`, and the last one.
     times: what the sampler walks, see `scheduler`. every: transitions, at least 1.
     """
-    ends = [end for end, (t, u) in enumerate(pairwise(times), start=1) if u < t]
+    ends = [end for end, (t, u) in enumerate(pairwise(times), start=1) if u <= t]
     due = [end for before, end in pairwise([0, *ends]) if end // every > before // every]
     return sorted({*due, ends[-1]})
 
@@ -61,7 +61,7 @@ class FilmLog:
     folder: str  # for all pictures; may be remote
     every: int  # transitions from one frame to the next, see `due_positions`
     times: Sequence[int]  # what the sampler walks, see `scheduler`
-    noise_levels: Sequence[float]  # sqrt(1 − ᾱ), by time
+    noise_words: Sequence[str]  # how noisy x_t is, by time: "noise 80 %"
 
     def begin(self, name: str) -> None:
         """Remove what an earlier run wrote of a picture, "sub/x.png", which starts afresh."""
@@ -95,7 +95,7 @@ class FilmLog:
         frames = [*self._read(name, spread(complete, WEBP_FRAMES))]
         if not frames:
             return
-        stage = Stage(self.times, self.noise_levels, frames[0][1].size)
+        stage = Stage(self.times, self.noise_words, frames[0][1].size)
         drawn = [stage.draw(*frame) for frame in frames]
         storage.write_atomically(self._gif(name), encode_gif(drawn))
         storage.write_atomically(self.animation(name), encode_webp(drawn))
@@ -152,10 +152,10 @@ class Stage:
     """What all frames of an animation share: the labels, and the schedule's curve."""
 
     def __init__(
-        self, times: Sequence[int], noise_levels: Sequence[float], picture_size: tuple[int, int]
+        self, times: Sequence[int], noise_words: Sequence[str], picture_size: tuple[int, int]
     ):
-        """times, noise_levels: see `FilmLog`. picture_size: width and height of the pictures."""
-        self.times, self.noise_levels = times, noise_levels
+        """times, noise_words: see `FilmLog`. picture_size: width and height of the pictures."""
+        self.times, self.noise_words = times, noise_words
         self.shown = shown_size(picture_size)
         self.column = max(self.shown[0], SMALLEST)  # a narrow picture has room for its label
         self.top = self.shown[1] + LINE + 2 * MARGIN  # of the curve
@@ -186,11 +186,11 @@ class Stage:
         return frame
 
     def caption(self, position: int) -> str:
-        """The time after so many transitions, and the share of noise in x_t, in words."""
+        """The time after so many transitions, and the noise in x_t, in words."""
         t = self.times[position]
         if t == self.times[-1]:
             return "finished"
-        return f"t = {t} · noise {100 * self.noise_levels[t]:.0f} %"
+        return f"t = {t} · {self.noise_words[t]}"
 
     def _lefts(self) -> tuple[int, int]:
         return MARGIN, 2 * MARGIN + self.column

@@ -23,7 +23,7 @@ from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import Team, restarted
 from guided_diffusion.run.recipe import Recipe
 from guided_diffusion.run.records import History, Origin, Records, beside
-from guided_diffusion.scheduler import count_evaluations
+from guided_diffusion.scheduler import count_evaluations, describe_levels
 from guided_diffusion.speed.choice import Speed
 
 MAX_SEED = 2**31 - 1  # of seeds drawn afresh: short enough to type
@@ -136,6 +136,7 @@ class Plan:
             f"batch size {self.batch_size}{' (auto)' * measured}",
             f"{counted(self.evaluations, 'network evaluation')} per "
             f"{self.view_noun}, {self.total_evaluations:,} in all{self._regions()}",
+            *([describe_levels(self.config)] if self.config.langevin else []),
             *([f"starts from {self.start}, not from pure noise"] if self.start else []),
             f"seed {seed} (to repeat this run: --set seed={seed})",
             f"device {device}, {speed.describe()}",

@@ -144,9 +144,9 @@ def _film(plan: Plan, inpainter: Inpainter | None = None) -> FilmLog:
     from guided_diffusion.output.film import FilmLog  # most runs show nothing of sampling
 
     if inpainter is None:
-        return FilmLog(plan.film_dir, every=1, times=(), noise_levels=())
-    noise = (1 - inpainter.diffusion.alphas_cumprod) ** 0.5
-    return FilmLog(plan.film_dir, plan.config.log_every, inpainter.times, noise.tolist())
+        return FilmLog(plan.film_dir, every=1, times=(), noise_words=())
+    every, times = plan.config.log_every, inpainter.times
+    return FilmLog(plan.film_dir, every, times, inpainter.noise_words)
 
 
 # ---- After the last batch ---------------------------------------------------------------------

@@ -225,7 +225,7 @@ class Worker:
         if self.film and self.film.is_due(evaluation.position):
             names = [each.film_name for each in views]
             x_t, x0 = (
-                self.inpainter.as_pictures(x, size) for x in (evaluation.x, evaluation.pred_x0)
+                self.inpainter.as_pictures(x, size) for x in (evaluation.x_t, evaluation.pred_x0)
             )
             with writing(self.film.folder):
                 self.film.write(names, evaluation.position, x_t, x0)

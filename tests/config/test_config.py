@@ -260,6 +260,8 @@ def test_defaults(write):
         "start_from": None,
         "merge_known": True,
         "time_shift": 1,
+        "sampler": "repaint",
+        "langevin": None,
         "classifier": None,
         "cond_y": None,
         "show_progress": True,

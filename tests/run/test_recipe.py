@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "tests" / "golden" / "settings.json").read_text("utf-8"))
 PARTS = (
     *(schema.Config, schema.NetworkConfig, schema.DiffusionConfig, schema.ClassifierConfig),
+    schema.LangevinConfig,
     *(schema.ScheduleConfig, schema.StartConfig, schema.SpeedConfig, schema.DatasetConfig),
     *(schema.LatentConfig, schema.LatentUNetConfig, schema.AutoencoderConfig),
 )

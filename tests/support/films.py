@@ -13,7 +13,7 @@ from guided_diffusion.output.film import (
 JUMP = [3, 2, 1, 0, 1, 2, 1, 0, -1]
 
 
-LEVELS = [0.1, 0.5, 0.834, 0.998]
+LEVELS = ["noise 10 %", "noise 50 %", "noise 83 %", "noise 100 %"]
 
 
 def log(folder: Path | str, every: int = 1) -> FilmLog:
