@@ -12,7 +12,7 @@ from torch import nn
 
 from guided_diffusion.networks.layers import GroupNorm32
 from guided_diffusion.networks.params import AutoencoderParams
-from guided_diffusion.networks.strips import Picture, Strips, Whole
+from guided_diffusion.networks.strips import FeatureMap, Strips, Whole
 
 # Pixels of the largest picture that is not computed in strips. Of 1024×1024 strips take less than
 # half the memory and about the same time, and torch's group norm of the whole loses three digits.
@@ -126,7 +126,7 @@ class ResnetBlock(nn.Module):
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         )
 
-    def forward(self, x: Picture) -> Picture:
+    def forward(self, x: FeatureMap) -> FeatureMap:
         h = x.activated(self.norm1, self.silu1).convolved(self.conv1)
         h = h.stored_if_room(self.out_channels)
         y = h.activated(self.norm2, self.silu2).convolved(self.conv2)
@@ -138,7 +138,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Picture) -> Picture:
+    def forward(self, x: FeatureMap) -> FeatureMap:
         return x.halved(self.conv).stored()
 
 
@@ -148,7 +148,7 @@ class Upsample(nn.Module):
         self.channels = channels
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Picture) -> Picture:
+    def forward(self, x: FeatureMap) -> FeatureMap:
         return x.doubled().convolved(self.conv).stored_if_room(self.channels)
 
 
@@ -169,7 +169,7 @@ class Encoder(nn.Module):
             yield level["downsample"]
         yield from self.mid.values()
 
-    def forward(self, x: Picture) -> Picture:
+    def forward(self, x: FeatureMap) -> FeatureMap:
         return _through(self, x)
 
 
@@ -190,11 +190,11 @@ class Decoder(nn.Module):
             yield from level["block"]
             yield level["upsample"]
 
-    def forward(self, x: Picture) -> Picture:
+    def forward(self, x: FeatureMap) -> FeatureMap:
         return _through(self, x)
 
 
-def _through(network: Encoder | Decoder, x: Picture) -> Picture:
+def _through(network: Encoder | Decoder, x: FeatureMap) -> FeatureMap:
     h = x.convolved(network.conv_in).stored()
     for layer in network.layers():  # one loop, so that nothing refers to what is done with
         h = layer(h)

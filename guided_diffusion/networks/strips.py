@@ -1,4 +1,4 @@
-"""Pictures as a network's layers see them: whole, or in strips where they are large.
+"""Feature maps as a network's layers see them: whole, or in strips where they are large.
 
 `Whole` and `Strips` have the same methods, so that a network is written once for both. `Whole`
 does at once what it is told. `Strips` only keeps a recipe, by which any rows can be computed when
@@ -23,7 +23,7 @@ Rows = Callable[[int, int], torch.Tensor]
 
 
 class Whole:
-    """A picture in memory. tensor: (B, C, H, W)."""
+    """A feature map in memory. tensor: (B, C, H, W)."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
@@ -58,11 +58,11 @@ class Whole:
 
 
 class Strips:
-    """A picture whose rows are computed when they are asked for; without gradients.
+    """A feature map whose rows are computed when they are asked for; without gradients.
 
     rows(first, end): those from first up to, not including, end, as (B, C, end - first, W).
     held: how many numbers are kept in memory for that, for each of B. tensor: (B, C, H, W), where
-    they are the picture itself; None: there is only the recipe.
+    they are the map itself; None: there is only the recipe.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Strips:
 
     @classmethod
     def of(cls, x: torch.Tensor) -> "Strips":
-        """A picture in memory. x: (B, C, H, W)."""
+        """A feature map in memory. x: (B, C, H, W)."""
         return cls(*x.shape[2:], lambda first, end: x[:, :, first:end], x[0].numel(), x)
 
     def to(self, dtype: torch.dtype) -> "Strips":
@@ -125,9 +125,9 @@ class Strips:
         return self._with(lambda first, end: self.rows(first, end) + other.rows(first, end))
 
     def stored(self, over: Iterable["Strips"] = ()) -> "Strips":
-        """The same picture, in memory.
+        """The same map, in memory.
 
-        over: pictures, of which the first stored one of the same shape gives its place to this.
+        over: feature maps, of which the first stored one of the same shape gives its place to this.
         The recipe may use its rows, up to two rows beyond those asked for; nothing else may use
         it afterwards.
         """
@@ -143,14 +143,14 @@ class Strips:
         return Strips.of(tensor)
 
     def stored_if_room(self, channels: int) -> "Strips":
-        """The same picture, of so many channels; in memory if that and `held` are within ROOM.
+        """The same map, of so many channels; in memory if that and `held` are within ROOM.
 
         If not, its rows are computed anew at each use.
         """
         return self.stored() if self.held + channels * self.height * self.width <= ROOM else self
 
     def _place(self, over: Iterable["Strips"], rows: torch.Tensor) -> torch.Tensor:
-        """Memory for a picture with such rows, see `stored`."""
+        """Memory for a feature map with such rows, see `stored`."""
         shape = torch.Size((*rows.shape[:2], self.height, self.width))
         places = [p.tensor for p in over if p.tensor is not None and p.tensor.shape == shape]
         return places[0] if places else _room(shape, rows)
@@ -185,7 +185,7 @@ class Strips:
         return mean, variance.mean(dim=2, keepdim=True)
 
 
-Picture = Whole | Strips
+FeatureMap = Whole | Strips
 
 
 def group_norm(layer: nn.Module) -> nn.GroupNorm:
@@ -194,10 +194,10 @@ def group_norm(layer: nn.Module) -> nn.GroupNorm:
 
 
 def _room(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-    """Memory for a picture of this shape and of the kind of another, channels_last.
+    """Memory for a feature map of this shape and of the kind of another, channels_last.
 
     Pieces of memory that smaller tensors have left behind go back to the system first: the C
-    library keeps what is below 32 MB, and a picture fits in none of them.
+    library keeps what is below 32 MB, and a map fits in none of them.
     """
     if like.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
