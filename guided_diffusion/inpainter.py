@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, Literal, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -13,9 +13,8 @@ from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.images.files import prepare
 from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, paste_known, to_bytes
-from guided_diffusion.langevin import langevin
 from guided_diffusion.repaint import Denoise, repaint
-from guided_diffusion.scheduler import Level, count_evaluations
+from guided_diffusion.scheduler import count_evaluations
 from guided_diffusion.streams import (
     AfterEvaluation,
     Evaluation,
@@ -298,70 +297,6 @@ class PixelInpainter(Inpainter):
 
     def _on_device(self, pictures: torch.Tensor) -> torch.Tensor:
         return pictures.to(self.diffusion.device).contiguous(memory_format=torch.channels_last)
-
-
-class LangevinInpainter(PixelInpainter):
-    """The quick sampler: the network sees the pixels themselves, at noise levels of all steps."""
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        diffusion: GaussianDiffusion,
-        levels: Sequence[Level],
-        image_size: int,
-        attraction: float,
-        **options: Any,
-    ):
-        """diffusion: the base process, all its steps. levels: see `scheduler.langevin_levels`.
-        attraction: see `langevin`. options: of `PixelInpainter`; known pixels always come out
-        exactly.
-        """
-        times = [level.step for level in levels]
-        super().__init__(denoiser, diffusion, times, image_size, paste_known=True, **options)
-        self.levels = levels
-        self.attraction = attraction
-
-    @property
-    def noise_words(self) -> list[str]:
-        """See `Inpainter.noise_words`."""
-        abar = self.diffusion.alphas_cumprod
-        return [f"sigma {sigma:.2g}" for sigma in ((1 - abar) / abar) ** 0.5]
-
-    def first_step(self) -> "LangevinInpainter":
-        """See `Inpainter.first_step`."""
-        shortened = super().first_step()
-        shortened.levels = (self.levels[0], self.levels[-1])
-        return shortened
-
-    def _draw(
-        self,
-        denoise: Denoise,
-        known: Known,
-        streams: Streams,
-        start_picture: torch.Tensor | None,
-        resume: SamplerState | None,
-        after_evaluation: AfterEvaluation | None,
-    ) -> torch.Tensor:
-        """See `PixelInpainter._draw`."""
-        if not self.merge_known:
-            known = Known(known.pixels, torch.zeros_like(known.mask))
-        z, position = begin(streams, known.pixels, resume)
-        x0_before = resume.x0_before.to(z.device) if resume else None
-        if resume is None:  # noise around what is there to begin with
-            unknown = torch.zeros_like(z) if start_picture is None else start_picture
-            mean = known.mask * known.pixels + (1 - known.mask) * unknown
-            z = mean + self.levels[0].sigma * z
-        return langevin(
-            lambda x_t, t: denoise(x_t, t).pred_x0,
-            self.levels,
-            z,
-            streams,
-            known=known,
-            attraction=self.attraction,
-            x0_before=x0_before,
-            position=position,
-            after_evaluation=after_evaluation,
-        )
 
 
 class _Counter:
