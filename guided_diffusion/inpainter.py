@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Literal, TypeVar, overload
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from guided_diffusion.streams import (
 )
 
 Progress = Callable[[int, int, torch.Tensor], None]  # (done, total, x_0 estimate)
-Pictures = TypeVar("Pictures", torch.Tensor, Sequence[Image.Image])
+Images = TypeVar("Images", torch.Tensor, Image.Image, Sequence[Image.Image])
 
 # What sampling starts from: pure noise, the image itself unless another picture is given, or a
 # picture that must be given.
@@ -91,36 +91,14 @@ class Inpainter(ABC):
         """Those of all `evaluations` that were done when the sampler had this state."""
         return count_evaluations(self.times[: state.position + 1])
 
-    @overload
     def __call__(
         self,
-        images: torch.Tensor,
-        keep_masks: torch.Tensor,
+        images: Images,
+        keep_masks: Images,
         seed: int = 0,
         progress: Progress | None = None,
-        start_from: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
-    @overload
-    def __call__(
-        self,
-        images: Image.Image,
-        keep_masks: Image.Image,
-        seed: int = 0,
-        progress: Progress | None = None,
-        start_from: Image.Image | None = None,
-    ) -> Image.Image: ...
-    @overload
-    def __call__(
-        self,
-        images: Sequence[Image.Image],
-        keep_masks: Sequence[Image.Image],
-        seed: int = 0,
-        progress: Progress | None = None,
-        start_from: Sequence[Image.Image] | None = None,
-    ) -> list[Image.Image]: ...
-    def __call__(
-        self, images, keep_masks, seed: int = 0, progress: Progress | None = None, start_from=None
-    ):
+        start_from: Images | None = None,
+    ) -> Images:
         """Inpaint a batch; image i has the random stream of seed + i.
 
         images: (B, 3, S, S) in [-1, 1] and keep_masks (B, 1 or 3, S, S) in [0, 1], 1 = keep,
@@ -194,7 +172,7 @@ class Inpainter(ABC):
             results = paste_known(results, np.stack(originals), masks)
         return [Image.fromarray(result) for result in results]
 
-    def _choose_start(self, given: Pictures | None, images: Pictures) -> Pictures | None:
+    def _choose_start(self, given: Images | None, images: Images) -> Images | None:
         """What to start from; None: pure noise. Raises ValueError if it is missing, or in vain."""
         if given is not None and self.start_from == "noise":
             raise ValueError(
