@@ -20,7 +20,7 @@ from guided_diffusion.config import UserError, load_training_config
 from guided_diffusion.machine.ranks import Team, World
 from guided_diffusion.training import data
 from guided_diffusion.training.build import build_trainer
-from guided_diffusion.training.data import StepBatches, TrainingImages, endless_batches
+from guided_diffusion.training.data import TrainingImages, endless_batches, step_batches
 from guided_diffusion.training.loop import Trainer, train
 from guided_diffusion.training.ranks import Processes, share_of
 from tests.support.small_runs import one_thread
@@ -115,7 +115,7 @@ def test_each_rank_reads_its_share_of_the_files_only(data_dir, monkeypatch):
         ranks.append(list(islice(batches, 4)))
         batches.close()  # what is read ahead is read by then
         share = share_of(World(rank, 3), 5)
-        order = [i for step in islice(StepBatches(10, 5, 1, 2), 20) for i in step[share]]
+        order = [i for step in islice(step_batches(10, 5, 1, 2), 20) for i in step[share]]
         assert sorted(read) == sorted(images.paths[i] for i in order[: len(read)])
     for step, (pictures, classes) in enumerate(whole):
         assert torch.equal(torch.cat([batches[step][0] for batches in ranks]), pictures)
@@ -272,7 +272,7 @@ def test_error_of_a_worker_ends_all(data_dir):
 
 def spoil_image_of_rank_1(data_dir: Path) -> str:
     """The path of an image of the second half of the first batch."""
-    path = TrainingImages(str(data_dir), 16).paths[next(iter(StepBatches(10, 4, 5, 0)))[2]]
+    path = TrainingImages(str(data_dir), 16).paths[next(step_batches(10, 4, 5, 0))[2]]
     Path(path).write_bytes(b"no picture")
     return path
 
