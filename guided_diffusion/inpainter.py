@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
+from itertools import count
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -125,10 +126,18 @@ class Inpainter(ABC):
         progress: Progress | None,
         start_picture: torch.Tensor | None,
     ) -> torch.Tensor:
-        count = progress and _Counter(progress, self.evaluations)
+        done = count(1)
+
+        def show(evaluation: Evaluation) -> None:
+            progress(next(done), self.evaluations, evaluation.pred_x0)
+
         seeds = range(seed, seed + len(gt))
         return self.sample(
-            gt, keep_mask, seeds, start_picture=start_picture, after_evaluation=count
+            gt,
+            keep_mask,
+            seeds,
+            start_picture=start_picture,
+            after_evaluation=show if progress else None,
         )
 
     def _inpaint_tensors(
@@ -275,17 +284,6 @@ class PixelInpainter(Inpainter):
 
     def _on_device(self, pictures: torch.Tensor) -> torch.Tensor:
         return pictures.to(self.diffusion.device).contiguous(memory_format=torch.channels_last)
-
-
-class _Counter:
-    """Turns the sampler's calls into (done, total, x_0 estimate)."""
-
-    def __init__(self, progress: Progress, total: int):
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, evaluation: Evaluation) -> None:
-        self.done += 1
-        self.progress(self.done, self.total, evaluation.pred_x0)
 
 
 def _check_tensors(images: torch.Tensor, keep_masks: torch.Tensor, size: int | None) -> None:
