@@ -463,6 +463,7 @@ def test_finished_run_is_left_alone(data_dir):
     assert {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_to_the_same_weights(data_dir):
     """`kill -9`, then Ctrl-C, each at a random moment, then the same command once more."""
     changes = EVERYTHING | {"total_steps": 60, "save_interval": 5, "lr_anneal_steps": 60}
