@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,10 +19,8 @@ from guided_diffusion.checkpoints.loading import (
 from guided_diffusion.config import Config, DiffusionConfig, StartConfig, UserError, load_config
 from guided_diffusion.denoiser import Denoiser, Network, ddim, guided, guided_x0, network_denoiser
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
-from guided_diffusion.inpainter import Inpainter, LangevinInpainter, PixelInpainter, Start
-from guided_diffusion.latent import LatentInpainter, latent_process
+from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
 from guided_diffusion.machine.ranks import ALONE, World
-from guided_diffusion.networks.autoencoder import Autoencoder
 from guided_diffusion.networks.params import NUM_CLASSES
 from guided_diffusion.networks.unet import Classifier, UNet
 from guided_diffusion.respace import Process, respaced_process
@@ -30,7 +29,13 @@ from guided_diffusion.speed import choice
 from guided_diffusion.speed.choice import Speed
 from guided_diffusion.speed.loading import load_autoencoder, load_network
 
-Networks = dict[str, Network | Autoencoder]  # "denoiser", and perhaps others, ready for use
+# What only some methods need is imported in their models, so that no other run waits for it.
+if TYPE_CHECKING:
+    from guided_diffusion.latent import LatentInpainter
+    from guided_diffusion.networks.autoencoder import Autoencoder
+    from guided_diffusion.quick import LangevinInpainter
+
+Networks = dict[str, "Network | Autoencoder"]  # "denoiser", and perhaps others, ready for use
 
 
 def load_inpainter(
@@ -165,7 +170,9 @@ class QuickModel(PixelModel):
 
     def inpainter(
         self, networks: Networks, process: Process, times: Sequence[int]
-    ) -> LangevinInpainter:
+    ) -> "LangevinInpainter":
+        from guided_diffusion.quick import LangevinInpainter
+
         config = self.config
         return LangevinInpainter(
             self._denoiser(networks, process),
@@ -188,6 +195,8 @@ class LatentModel:
         self.latent = config.latent
 
     def networks(self) -> dict[str, Blank]:
+        from guided_diffusion.networks.autoencoder import Autoencoder
+
         path, latent = self.config.model_path, self.latent
         return {
             "denoiser": Blank(UNet(latent.unet_params), path, LATENT_UNET),
@@ -210,12 +219,16 @@ class LatentModel:
         }
 
     def process(self, device: torch.device | str) -> Process:
+        from guided_diffusion.latent import latent_process
+
         steps, _ = ddim_times(self.latent.ddim_steps)
         return latent_process(steps, device)
 
     def inpainter(
         self, networks: Networks, process: Process, times: Sequence[int]
-    ) -> LatentInpainter:
+    ) -> "LatentInpainter":
+        from guided_diffusion.latent import LatentInpainter
+
         return LatentInpainter(
             networks["denoiser"],
             networks["autoencoder"],

@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, Literal, TypeVar, overload
+from itertools import count
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +14,8 @@ from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.images.files import prepare
 from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, paste_known, to_bytes
-from guided_diffusion.langevin import langevin
 from guided_diffusion.repaint import Denoise, repaint
-from guided_diffusion.scheduler import Level, count_evaluations
+from guided_diffusion.scheduler import count_evaluations
 from guided_diffusion.streams import (
     AfterEvaluation,
     Evaluation,
@@ -26,7 +26,7 @@ from guided_diffusion.streams import (
 )
 
 Progress = Callable[[int, int, torch.Tensor], None]  # (done, total, x_0 estimate)
-Pictures = TypeVar("Pictures", torch.Tensor, Sequence[Image.Image])
+Images = TypeVar("Images", torch.Tensor, Image.Image, Sequence[Image.Image])
 
 # What sampling starts from: pure noise, the image itself unless another picture is given, or a
 # picture that must be given.
@@ -92,36 +92,14 @@ class Inpainter(ABC):
         """Those of all `evaluations` that were done when the sampler had this state."""
         return count_evaluations(self.times[: state.position + 1])
 
-    @overload
     def __call__(
         self,
-        images: torch.Tensor,
-        keep_masks: torch.Tensor,
+        images: Images,
+        keep_masks: Images,
         seed: int = 0,
         progress: Progress | None = None,
-        start_from: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
-    @overload
-    def __call__(
-        self,
-        images: Image.Image,
-        keep_masks: Image.Image,
-        seed: int = 0,
-        progress: Progress | None = None,
-        start_from: Image.Image | None = None,
-    ) -> Image.Image: ...
-    @overload
-    def __call__(
-        self,
-        images: Sequence[Image.Image],
-        keep_masks: Sequence[Image.Image],
-        seed: int = 0,
-        progress: Progress | None = None,
-        start_from: Sequence[Image.Image] | None = None,
-    ) -> list[Image.Image]: ...
-    def __call__(
-        self, images, keep_masks, seed: int = 0, progress: Progress | None = None, start_from=None
-    ):
+        start_from: Images | None = None,
+    ) -> Images:
         """Inpaint a batch; image i has the random stream of seed + i.
 
         images: (B, 3, S, S) in [-1, 1] and keep_masks (B, 1 or 3, S, S) in [0, 1], 1 = keep,
@@ -148,10 +126,18 @@ class Inpainter(ABC):
         progress: Progress | None,
         start_picture: torch.Tensor | None,
     ) -> torch.Tensor:
-        count = progress and _Counter(progress, self.evaluations)
+        done = count(1)
+
+        def show(evaluation: Evaluation) -> None:
+            progress(next(done), self.evaluations, evaluation.pred_x0)
+
         seeds = range(seed, seed + len(gt))
         return self.sample(
-            gt, keep_mask, seeds, start_picture=start_picture, after_evaluation=count
+            gt,
+            keep_mask,
+            seeds,
+            start_picture=start_picture,
+            after_evaluation=show if progress else None,
         )
 
     def _inpaint_tensors(
@@ -195,7 +181,7 @@ class Inpainter(ABC):
             results = paste_known(results, np.stack(originals), masks)
         return [Image.fromarray(result) for result in results]
 
-    def _choose_start(self, given: Pictures | None, images: Pictures) -> Pictures | None:
+    def _choose_start(self, given: Images | None, images: Images) -> Images | None:
         """What to start from; None: pure noise. Raises ValueError if it is missing, or in vain."""
         if given is not None and self.start_from == "noise":
             raise ValueError(
@@ -298,81 +284,6 @@ class PixelInpainter(Inpainter):
 
     def _on_device(self, pictures: torch.Tensor) -> torch.Tensor:
         return pictures.to(self.diffusion.device).contiguous(memory_format=torch.channels_last)
-
-
-class LangevinInpainter(PixelInpainter):
-    """The quick sampler: the network sees the pixels themselves, at noise levels of all steps."""
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        diffusion: GaussianDiffusion,
-        levels: Sequence[Level],
-        image_size: int,
-        attraction: float,
-        **options: Any,
-    ):
-        """diffusion: the base process, all its steps. levels: see `scheduler.langevin_levels`.
-        attraction: see `langevin`. options: of `PixelInpainter`; known pixels always come out
-        exactly.
-        """
-        times = [level.step for level in levels]
-        super().__init__(denoiser, diffusion, times, image_size, paste_known=True, **options)
-        self.levels = levels
-        self.attraction = attraction
-
-    @property
-    def noise_words(self) -> list[str]:
-        """See `Inpainter.noise_words`."""
-        abar = self.diffusion.alphas_cumprod
-        return [f"sigma {sigma:.2g}" for sigma in ((1 - abar) / abar) ** 0.5]
-
-    def first_step(self) -> "LangevinInpainter":
-        """See `Inpainter.first_step`."""
-        shortened = super().first_step()
-        shortened.levels = (self.levels[0], self.levels[-1])
-        return shortened
-
-    def _draw(
-        self,
-        denoise: Denoise,
-        known: Known,
-        streams: Streams,
-        start_picture: torch.Tensor | None,
-        resume: SamplerState | None,
-        after_evaluation: AfterEvaluation | None,
-    ) -> torch.Tensor:
-        """See `PixelInpainter._draw`."""
-        if not self.merge_known:
-            known = Known(known.pixels, torch.zeros_like(known.mask))
-        z, position = begin(streams, known.pixels, resume)
-        x0_before = resume.x0_before.to(z.device) if resume else None
-        if resume is None:  # noise around what is there to begin with
-            unknown = torch.zeros_like(z) if start_picture is None else start_picture
-            mean = known.mask * known.pixels + (1 - known.mask) * unknown
-            z = mean + self.levels[0].sigma * z
-        return langevin(
-            lambda x_t, t: denoise(x_t, t).pred_x0,
-            self.levels,
-            z,
-            streams,
-            known=known,
-            attraction=self.attraction,
-            x0_before=x0_before,
-            position=position,
-            after_evaluation=after_evaluation,
-        )
-
-
-class _Counter:
-    """Turns the sampler's calls into (done, total, x_0 estimate)."""
-
-    def __init__(self, progress: Progress, total: int):
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, evaluation: Evaluation) -> None:
-        self.done += 1
-        self.progress(self.done, self.total, evaluation.pred_x0)
 
 
 def _check_tensors(images: torch.Tensor, keep_masks: torch.Tensor, size: int | None) -> None:

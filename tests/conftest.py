@@ -1,7 +1,10 @@
 """Settings and fixtures of all tests."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Generator, Iterator
+from multiprocessing.process import BaseProcess
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
@@ -17,6 +20,22 @@ settings.load_profile("repeatable")
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of several processes (-n)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch is not imported yet
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test that starts a process, be it in a fixture, is marked: without the mark it fails."""
+    if item.get_closest_marker("slow"):
+        return (yield)
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail(f"{item.nodeid} starts a process: mark it, @pytest.mark.slow")
+
+    with (
+        patch.object(subprocess.Popen, "__init__", refuse),
+        patch.object(BaseProcess, "start", refuse),
+    ):
+        return (yield)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ FLOORS = (
     ("machine", "downloads", "respace", "repaint", "scheduler"),
     ("images", "checkpoints", "denoiser", "langevin"),
     ("masks", "speed", "evaluation", "output", "inpainter"),
-    ("run", "latent"),
+    ("run", "latent", "quick"),
     ("factory",),
     ("training", "benchmark", "__init__"),
     ("*.py",),

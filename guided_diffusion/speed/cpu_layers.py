@@ -13,7 +13,6 @@ from guided_diffusion.networks.layers import GroupNorm32
 from guided_diffusion.networks.unet import Downsample, TimedNetwork, picture_scale
 from guided_diffusion.speed.choice import has_matrix_units
 from guided_diffusion.speed.packed import PackedConv2d
-from guided_diffusion.speed.winograd import WinogradConv2d
 
 SMALL_PICTURE = 16 * 16  # pixels
 
@@ -105,6 +104,8 @@ def fast_convolution(
     if conv.kernel_size == (3, 3) and conv.stride == (1, 1):
         m = winograd_tile(min(weight.shape[:2]), side, dtype)
         if m:
+            from guided_diffusion.speed.winograd import WinogradConv2d  # large networks alone
+
             return WinogradConv2d(weight, bias, shape, dtype, m=m)
     return PackedConv2d(weight, bias, shape, dtype, padding=conv.padding[0], stride=conv.stride[0])
 

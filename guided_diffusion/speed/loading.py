@@ -1,13 +1,15 @@
 """A network filled from its checkpoint, and ready to be evaluated fast."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from guided_diffusion.checkpoints.loading import Checkpoint, enough_memory, load_weights
-from guided_diffusion.networks.autoencoder import Autoencoder
 from guided_diffusion.speed.choice import Speed
 from guided_diffusion.speed.cpu_layers import (
     CpuPlacement,
@@ -16,6 +18,9 @@ from guided_diffusion.speed.cpu_layers import (
     has_cpu_layers,
     keep_freed_memory,
 )
+
+if TYPE_CHECKING:
+    from guided_diffusion.networks.autoencoder import Autoencoder
 
 CALLS_BEFORE_CAPTURE = 3
 

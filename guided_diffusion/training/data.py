@@ -38,7 +38,7 @@ class TrainingImages:
 
     def batches(self, batch_size: int, seed: int, first_step: int) -> Iterator[list[int]]:
         """Which ones each training step takes, from `first_step` on."""
-        return iter(StepBatches(len(self), batch_size, seed, first_step))
+        return step_batches(len(self), batch_size, seed, first_step)
 
     def check_classes(self, num_classes: int) -> None:
         """Raises UserError if there are more classes than the network knows."""
@@ -49,31 +49,23 @@ class TrainingImages:
             )
 
 
-class StepBatches:
+def step_batches(
+    num_images: int, batch_size: int, seed: int, first_step: int
+) -> Iterator[list[int]]:
     """The images of each training step from `first_step` on: every epoch a fresh shuffle.
 
     A function of (seed, step), so that a resumed run goes on with the very same images.
     """
-
-    def __init__(self, num_images: int, batch_size: int, seed: int, first_step: int):
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.seed = seed
-        self.first_step = first_step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, skipped = divmod(self.first_step * self.batch_size, self.num_images)
-        batch: list[int] = []
-        while True:
-            for i in self._shuffled(epoch)[skipped:]:
-                batch.append(i)
-                if len(batch) == self.batch_size:
-                    yield batch
-                    batch = []
-            epoch, skipped = epoch + 1, 0
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_images).tolist()
+    epoch, skipped = divmod(first_step * batch_size, num_images)
+    batch: list[int] = []
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(num_images).tolist()
+        for i in order[skipped:]:
+            batch.append(i)
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        epoch, skipped = epoch + 1, 0
 
 
 def endless_batches(

@@ -64,7 +64,7 @@ class Trainer:
         self.params = params
         self.seed = seed
         self.step = 0
-        rates = params.ema_rate if self.processes.is_first else ()
+        rates = params.ema_rate if self.processes.team.is_first else ()
         self.emas = [EMA(self.network, rate) for rate in rates]
         self.timesteps = TIMESTEP_SAMPLERS[params.schedule_sampler](
             objective.process.diffusion.num_timesteps
@@ -163,7 +163,7 @@ class Trainer:
         Raises UserError if log_dir holds checkpoints, but of another configuration.
         """
         # Rank 0 decides: the others have no averages, and may see files later.
-        step = self.processes.share("step", lambda: self._newest_complete(log_dir))
+        step = self.processes.team.share("step", lambda: self._newest_complete(log_dir))
         if step is not None:
             self._load(log_dir, step)
 
@@ -246,7 +246,7 @@ def train(
     Raises UserError if an image cannot be read, or log_dir cannot be written.
     """
     params, processes = trainer.params, trainer.processes
-    processes.share("log_dir", lambda: _check_writable(log_dir))
+    processes.team.share("log_dir", lambda: _check_writable(log_dir))
     batches = endless_batches(
         images, params.batch_size, trainer.seed, trainer.step, processes.world
     )
@@ -255,7 +255,7 @@ def train(
         total=params.total_steps,
         initial=trainer.step,
         unit="step",
-        disable=not (show_progress and processes.is_first),
+        disable=not (show_progress and processes.team.is_first),
     ) as bar:
         while trainer.step < params.total_steps:
             recent.append(trainer.train_step(*next(batches)))
@@ -263,7 +263,7 @@ def train(
             if trainer.step % params.log_interval == 0:
                 bar.set_postfix(loss=f"{np.mean(recent):.4f}")
                 recent.clear()
-            if processes.is_first:
+            if processes.team.is_first:
                 _write_what_is_due(trainer, log_dir, write_samples)
     processes.part()
 

@@ -1,7 +1,7 @@
 """The processes that train one network together, each on its share of every batch."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -52,19 +52,10 @@ class Processes:
                 "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network that they share"
             ) from error
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this one writes the files and speaks for all."""
-        return self.team.is_first
-
-    def share(self, name: str, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes, in every process; see `Team.share`."""
-        return self.team.share(name, make)
-
     def check_same(self, name: str, value: Any) -> None:
         """Raises UserError if a value, by its `repr`, is not that of rank 0."""
         digest = hashlib.sha256(repr(value).encode()).hexdigest()
-        if digest != self.share(f"same {name}", lambda: digest):
+        if digest != self.team.share(f"same {name}", lambda: digest):
             raise UserError(
                 f"{name}: not the same as for rank 0; all processes, on all machines, need the "
                 "same config and the same images"
@@ -93,7 +84,7 @@ class Processes:
 
     def part(self) -> None:
         """Wait until all are done. Nothing can be done together afterwards."""
-        self.share("end", lambda: None)
+        self.team.share("end", lambda: None)
         self.team.leave()
         if self.world.size > 1:
             distributed.destroy_process_group()

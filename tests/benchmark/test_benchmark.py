@@ -95,6 +95,7 @@ def finished(tmp_path_factory) -> Finished:
     return Finished(result, json.loads(result.out), list(temporary.glob("benchmark-*")))
 
 
+@pytest.mark.slow
 def test_json_is_one_object_and_nothing_else(finished):
     assert finished.result.status == 0
     assert len(finished.result.out.splitlines()) == 1
@@ -106,6 +107,7 @@ def test_json_is_one_object_and_nothing_else(finished):
     }
 
 
+@pytest.mark.slow
 def test_what_was_asked_for_was_measured(finished):
     f = finished.figures
     assert (f["name"], f["precision"], f["batch"], f["device"]) == ("tiny", "fp32", 2, "cpu")
@@ -113,6 +115,7 @@ def test_what_was_asked_for_was_measured(finished):
     assert f"torch {torch.__version__}" in f["machine"]
 
 
+@pytest.mark.slow
 def test_the_figures_agree(finished):
     f = finished.figures
     for prefix in ("", "plain_"):
@@ -125,10 +128,12 @@ def test_the_figures_agree(finished):
     assert f["images_per_hour"] == pytest.approx(2 * 3600 / (5 * ms / 1000))
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_fresh_process(finished):
     assert 50e6 < finished.figures["peak_memory_bytes"] < BALLAST
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(finished):
     assert "GB of random weights" in finished.result.err
     assert finished.left_behind == []

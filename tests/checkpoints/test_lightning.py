@@ -562,6 +562,7 @@ def test_hostile_objects_change_nothing(tmp_path, monkeypatch, protocol, place):
     assert_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_the_python_interpreter_itself_sees_nothing_happen(tmp_path):
     """Its audit hook tells of every import, call of a system function, and unpickling."""
     contents = {"state_dict": {"a": MATRIX, **hostile()}, "callbacks": {**hostile(), **HARMLESS}}

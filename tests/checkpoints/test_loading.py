@@ -117,6 +117,7 @@ def test_the_order_of_the_names_does_not_matter(tmp_path, tiny):
     assert_loaded(tmp_path / "reversed.pt", tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux to see the mapping")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's accounts")
 def test_loading_takes_the_memory_of_the_weights_once(tmp_path):

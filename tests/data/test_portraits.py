@@ -106,6 +106,7 @@ def test_neighbouring_colours_stand_clear():
     assert make_portraits.pick_apart(rng, palette, [(10, 0, 0)], 500) == palette[2]
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_function_draws(tmp_path):
     folder = tmp_path / "deep" / "folder"
     done = run_script(folder, "--number", 3, "--seed", 5, "--start", 2, "--size", 32)
@@ -116,6 +117,7 @@ def test_the_command_writes_what_the_function_draws(tmp_path):
         assert np.array_equal(np.asarray(written), np.asarray(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("--number", -1), ("--seed", -1), ("--start", -1), ("--size", 63)]
 )
@@ -127,6 +129,7 @@ def test_the_command_refuses_bad_numbers_in_one_line(tmp_path, options):
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_folder_it_cannot_write(tmp_path):
     file = tmp_path / "file"
     file.write_text("in the way")

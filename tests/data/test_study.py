@@ -115,6 +115,7 @@ def test_masks_have_the_names_of_the_portraits(sampler):
     assert (thick[0] != thick[1]).any()
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_ends_the_study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "confs").symlink_to(ROOT / "confs")
@@ -165,6 +166,7 @@ def test_the_plot_of_jumps_is_over_r(sampler):
     assert np.ptp(masks, axis=0).max() < 10 and np.ptp(jumps, axis=0).max() < 0.5
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_left_to_the_script_that_runs(tmp_path, monkeypatch):
     """It saves its state first, which takes longer than Python would wait for it."""
     script = (

@@ -1026,11 +1026,9 @@ COMMANDS = {
 
 @pytest.fixture
 def repository(tmp_path) -> SimpleNamespace:
-    """A copy of what the commands need, with a stand-in for gdown, in a path with spaces."""
+    """A copy of the program, with a stand-in for gdown, in a path with spaces."""
     root = tmp_path / "the repo"
-    shutil.copytree(REPOSITORY / "guided_diffusion/downloads", root / "guided_diffusion/downloads")
-    shutil.copytree(REPOSITORY / "guided_diffusion/config", root / "guided_diffusion/config")
-    shutil.copy(REPOSITORY / "guided_diffusion/__init__.py", root / "guided_diffusion")
+    shutil.copytree(REPOSITORY / "guided_diffusion", root / "guided_diffusion")
     shutil.copy(REPOSITORY / "download.sh", root)
     python = root / ".venv/bin/python"
     python.parent.mkdir(parents=True)

@@ -161,6 +161,7 @@ def test_a_single_image_has_no_interval(case):
     assert "| 3.00 " in out and "[" not in out and "\n1 image: mean.\n" in out
 
 
+@pytest.mark.slow
 def test_torch_is_not_imported_without_weights(two):
     code = (
         "import sys, evaluate; sys.argv = ['x', '--results', 'results', '--gt', 'gt']\n"

@@ -494,6 +494,7 @@ def fetch(cloud: Cloud, folder: Path, path: str, limit: str = "") -> subprocess.
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_of_three_processes_one_downloads_and_the_others_wait(cloud, tmp_path):
     data = os.urandom(storage.PIECE + 1000)
     cloud.put("gs://bucket/x.pt", data)
@@ -515,6 +516,7 @@ def test_of_three_processes_one_downloads_and_the_others_wait(cloud, tmp_path):
     assert downloads(cloud) == 2 and cached() == [Path(local)]
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_a_download_leaves_nothing_for_good(cloud, tmp_path):
     data = os.urandom(storage.PIECE + 1000)
     cloud.put("gs://bucket/x.pt", data)
@@ -533,6 +535,7 @@ def test_a_process_killed_in_a_download_leaves_nothing_for_good(cloud, tmp_path)
     assert cached(".*") == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_full_disk_is_told_and_nothing_half_written_is_left(cloud, tmp_path):
     cloud.put("gs://bucket/x.pt", bytes(storage.PIECE))
@@ -593,6 +596,7 @@ def expected(tmp_path_factory, inputs) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in pictures}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "store", ["gs://bucket", "https://account.blob.core.windows.net/box"], indirect=True
 )
@@ -627,6 +631,7 @@ def test_a_run_with_all_paths_in_a_store_gives_what_a_local_run_gives(
     assert all(cloud.blobs[f"{root}/{name}"] is before[name] for name in finished)
 
 
+@pytest.mark.slow
 def test_a_run_without_credentials_ends_with_one_line_and_status_2(cloud, tmp_path, inputs):
     cloud.put_folder("gs://bucket/data", inputs)
     cloud.private.add("gs://bucket")
@@ -638,6 +643,7 @@ def test_a_run_without_credentials_ends_with_one_line_and_status_2(cloud, tmp_pa
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_a_run_on_an_unknown_kind_of_path_ends_with_one_line_and_status_2(cloud, tmp_path):
     refused = run(tmp_path, "s3://bucket/data", cloud)
     assert (refused.returncode, refused.stdout) == (2, "")

@@ -307,6 +307,7 @@ def take_in_another_process(path: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_a_lock_keeps_others_out_and_says_who_has_it(tmp_path):
     path = str(tmp_path / "run" / "lock")
     with take_in_another_process(path) as other:
@@ -336,6 +337,7 @@ def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch, nu
         storage.lock(str(tmp_path / "lock")).close()
 
 
+@pytest.mark.slow
 def test_where_python_has_no_locks_a_warning_says_so(tmp_path):
     command = [sys.executable, "-c", f"import sys; sys.modules['fcntl'] = None{TAKE}"]
     run = subprocess.run(

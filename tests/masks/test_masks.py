@@ -433,6 +433,7 @@ def test_a_file_is_replaced_only_if_one_says_so(command):
     assert (read("out/000001.png") != before).any()
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch_and_names_every_kind():
     code = "import sys; import guided_diffusion.masks.__main__; print('torch' in sys.modules)"
     run = subprocess.run(

@@ -222,18 +222,21 @@ def test_half_precision_is_near(monkeypatch, dtype, in_strips):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_strips_add_no_error_to_half_precision(monkeypatch, dtype):
-    """Beside the exact result, strips are as near as the whole: statistics are in fp32."""
+    """Beside the exact result, strips are as near as the whole: statistics are in fp32.
+
+    On average: for one picture the ratio of the two errors is by chance 0.9 as well as 1.1.
+    """
     network = deepcopy(tiny())
     network.convert_blocks(dtype)
+    x, z = random(128, 3, 16, 16), random(32, 3, 4, 4, seed=1)
+    latents, pictures = tiny().encode(x), tiny().decode(z)
 
     def errors() -> list[torch.Tensor]:
-        return [
-            (function(golden(f"{name}_in")) - golden(f"{name}_out")).norm()
-            for name, function in (("encode", network.encode), ("decode", network.decode))
-        ]
+        differences = network.encode(x) - latents, network.decode(z) - pictures
+        return [difference.flatten(1).norm(dim=1).mean() for difference in differences]
 
     of_whole = errors()
-    use_strips(monkeypatch, strip=7 * 64)
+    use_strips(monkeypatch, strip=5 * 16)
     for in_strips, whole in zip(errors(), of_whole, strict=True):
         assert in_strips < 1.05 * whole
 

@@ -694,6 +694,7 @@ def compile_by(monkeypatch: pytest.MonkeyPatch, backend: Callable) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     choice._compiler_problem(CPU) is not None, reason="there is no compiler that torch could use"
 )

@@ -20,7 +20,7 @@ from guided_diffusion.config import UserError, load_training_config
 from guided_diffusion.machine.ranks import Team, World
 from guided_diffusion.training import data
 from guided_diffusion.training.build import build_trainer
-from guided_diffusion.training.data import StepBatches, TrainingImages, endless_batches
+from guided_diffusion.training.data import TrainingImages, endless_batches, step_batches
 from guided_diffusion.training.loop import Trainer, train
 from guided_diffusion.training.ranks import Processes, share_of
 from tests.support.small_runs import one_thread
@@ -115,7 +115,7 @@ def test_each_rank_reads_its_share_of_the_files_only(data_dir, monkeypatch):
         ranks.append(list(islice(batches, 4)))
         batches.close()  # what is read ahead is read by then
         share = share_of(World(rank, 3), 5)
-        order = [i for step in islice(StepBatches(10, 5, 1, 2), 20) for i in step[share]]
+        order = [i for step in islice(step_batches(10, 5, 1, 2), 20) for i in step[share]]
         assert sorted(read) == sorted(images.paths[i] for i in order[: len(read)])
     for step, (pictures, classes) in enumerate(whole):
         assert torch.equal(torch.cat([batches[step][0] for batches in ranks]), pictures)
@@ -170,6 +170,7 @@ def test_ranks_draw_for_the_batch_but_drop_out_each_on_its_own(data_dir, monkeyp
 # ---- The same weights ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "changes"),
     [
@@ -189,6 +190,7 @@ def test_many_processes_learn_what_one_does(data_dir, processes, changes):
     assert_close_checkpoints(one, many, changes["total_steps"])
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_another_number_of_processes(data_dir):
     whole = train_in(1, data_dir, "whole", total_steps=12, **UNEVEN)
     for processes, total_steps in ((1, 3), (2, 6), (3, 10), (1, 12)):
@@ -198,6 +200,7 @@ def test_run_goes_on_with_another_number_of_processes(data_dir):
     assert (losses["seen"] >= 10).all()  # past the uniform start
 
 
+@pytest.mark.slow
 def test_rank_0_alone_speaks_draws_and_writes(data_dir):
     config = write_config(data_dir, total_steps=2, sample_interval=2, show_progress=True)
     first, second = Ranks(data_dir.parent, [[f"--conf_path={config}"]] * 2).wait()
@@ -243,6 +246,7 @@ def wait_for(path: Path, *, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_killed_worker_is_started_again_and_nothing_is_lost(data_dir):
     """With dropout, which no other number of processes repeats: so bit for bit."""
     changes = EVERYTHING | {"total_steps": 30, "save_interval": 3}
@@ -261,6 +265,7 @@ def test_killed_worker_is_started_again_and_nothing_is_lost(data_dir):
     assert_same_checkpoint(whole, log_dir, names)
 
 
+@pytest.mark.slow
 def test_error_of_a_worker_ends_all(data_dir):
     bad_path = spoil_image_of_rank_1(data_dir)
     with torchrun(data_dir, write_config(data_dir)) as agent:
@@ -272,7 +277,7 @@ def test_error_of_a_worker_ends_all(data_dir):
 
 def spoil_image_of_rank_1(data_dir: Path) -> str:
     """The path of an image of the second half of the first batch."""
-    path = TrainingImages(str(data_dir), 16).paths[next(iter(StepBatches(10, 4, 5, 0)))[2]]
+    path = TrainingImages(str(data_dir), 16).paths[next(step_batches(10, 4, 5, 0))[2]]
     Path(path).write_bytes(b"no picture")
     return path
 
@@ -289,6 +294,7 @@ def ended_badly(data_dir: Path, *arguments: list[str]) -> list[str]:
     return [errors[0].partition("error: ")[2] for errors in lines]
 
 
+@pytest.mark.slow
 def test_image_that_one_rank_cannot_read(data_dir):
     bad_path = spoil_image_of_rank_1(data_dir)
     arguments = [f"--conf_path={write_config(data_dir)}"]
@@ -297,12 +303,14 @@ def test_image_that_one_rank_cannot_read(data_dir):
     assert f"cannot read image {bad_path}" in second
 
 
+@pytest.mark.slow
 def test_training_that_diverges(data_dir):
     arguments = [f"--conf_path={write_config(data_dir, lr=1e30, total_steps=50)}"]
     for error in ended_badly(data_dir, arguments, arguments, arguments):
         assert "training has diverged" in error
 
 
+@pytest.mark.slow
 def test_checkpoint_that_rank_0_cannot_write(data_dir):
     (data_dir.parent / "log" / "model000002.pt").mkdir(parents=True)
     arguments = [f"--conf_path={write_config(data_dir)}"]
@@ -312,6 +320,7 @@ def test_checkpoint_that_rank_0_cannot_write(data_dir):
     assert third.startswith("another process has stopped")
 
 
+@pytest.mark.slow
 def test_log_dir_that_rank_0_cannot_write(data_dir):
     (data_dir.parent / "file").touch()
     arguments = [f"--conf_path={write_config(data_dir, 'file/log')}"]
@@ -321,6 +330,7 @@ def test_log_dir_that_rank_0_cannot_write(data_dir):
     assert second == f"rank 0 has stopped: {first}" or second.startswith("lost contact")
 
 
+@pytest.mark.slow
 def test_fewer_images_in_a_batch_than_processes(data_dir):
     arguments = [f"--conf_path={write_config(data_dir, batch_size=2)}"]
     for error in ended_badly(data_dir, arguments, arguments, arguments):
@@ -329,12 +339,14 @@ def test_fewer_images_in_a_batch_than_processes(data_dir):
     assert not (data_dir.parent / "log").exists()
 
 
+@pytest.mark.slow
 def test_processes_of_different_configs(data_dir):
     arguments = [f"--conf_path={write_config(data_dir)}"]
     _, second = ended_badly(data_dir, arguments, [*arguments, "--set=lr=0.5"])
     assert second.startswith("config: not the same as for rank 0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "status", "message"),
     [

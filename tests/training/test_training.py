@@ -26,7 +26,7 @@ from guided_diffusion.machine.ranks import World
 from guided_diffusion.training import crops as crops_module
 from guided_diffusion.training.build import build_trainer, sample_writer
 from guided_diffusion.training.crops import Crop, RandomCrops, reduced
-from guided_diffusion.training.data import StepBatches, TrainingImages, endless_batches
+from guided_diffusion.training.data import TrainingImages, endless_batches, step_batches
 from guided_diffusion.training.ema import EMA
 from guided_diffusion.training.loop import Trainer, learning_rate, train
 from tests.support.small_runs import one_thread
@@ -91,18 +91,18 @@ def files_in(folder: Path) -> list[str]:
 
 
 def test_order_is_a_function_of_seed_and_step():
-    batches = list(islice(StepBatches(10, 4, seed=3, first_step=0), 30))
+    batches = list(islice(step_batches(10, 4, seed=3, first_step=0), 30))
     for step in range(20):
         assert (
-            list(islice(StepBatches(10, 4, seed=3, first_step=step), 10))
+            list(islice(step_batches(10, 4, seed=3, first_step=step), 10))
             == (batches[step : step + 10])
         )
-    assert next(iter(StepBatches(10, 4, seed=4, first_step=0))) != batches[0]
+    assert next(step_batches(10, 4, seed=4, first_step=0)) != batches[0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 23])
 def test_every_epoch_has_every_image_once(batch_size):
-    batches = islice(StepBatches(10, batch_size, seed=0, first_step=0), 100)
+    batches = islice(step_batches(10, batch_size, seed=0, first_step=0), 100)
     order = [i for batch in batches for i in batch]
     epochs = [order[start : start + 10] for start in range(0, 100, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -111,7 +111,7 @@ def test_every_epoch_has_every_image_once(batch_size):
 
 def test_batches_hold_the_images_of_their_order(data_dir):
     images = TrainingImages(str(data_dir), 16)
-    order = StepBatches(6, 4, seed=1, first_step=2)
+    order = step_batches(6, 4, seed=1, first_step=2)
     for batch, (pictures, _) in islice(zip(order, endless_batches(images, 4, 1, 2)), 5):  # noqa: B905
         assert torch.equal(pictures, torch.stack([images[i][0] for i in batch]))
 
@@ -463,6 +463,7 @@ def test_finished_run_is_left_alone(data_dir):
     assert {path.name: path.stat().st_mtime_ns for path in log_dir.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_to_the_same_weights(data_dir):
     """`kill -9`, then Ctrl-C, each at a random moment, then the same command once more."""
     changes = EVERYTHING | {"total_steps": 60, "save_interval": 5, "lr_anneal_steps": 60}
