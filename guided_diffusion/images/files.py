@@ -24,9 +24,7 @@ from PIL import ExifTags, Image
 
 from guided_diffusion.config import UserError
 from guided_diffusion.images.metadata import (
-    JPEG,
     NOTHING,
-    PNG,
     Kept,
     Metadata,
     kept_of,
@@ -178,10 +176,9 @@ class InputFile:
     def _opened(self) -> Iterator[tuple[Image.Image, Metadata]]:
         """The picture, to decode within the block, and what lies beside its pixels."""
         try:
-            metadata, data = split(self.data)
-            image = _open(data)
+            image, metadata = _open(self.data)
             _check_pixels(self.path, image.size)
-            yield image, metadata or metadata_of(image)
+            yield image, metadata
         except UserError:
             raise
         except Exception as error:  # Pillow reports damaged files by many unrelated types
@@ -217,15 +214,20 @@ def read_rgb(path: str) -> Image.Image:
     return read_input(path).rgb()
 
 
-def _open(data: bytes) -> Image.Image:
-    with _quiet_pillow(has_warnings=not data.startswith((PNG, JPEG))):
+def _open(data: bytes) -> tuple[Image.Image, Metadata]:
+    metadata, rest = split(data)
+    if metadata:
+        with _quiet_pillow(has_warnings=False):
+            return Image.open(io.BytesIO(rest)), metadata
+    with _quiet_pillow():
         try:
-            return Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data))
         except Exception:  # many unrelated types
             if data[4:8] != b"ftyp":
                 raise
             # Pillow changes the EXIF of AVIF files, which fails where a value is odd.
-            return Image.open(io.BytesIO(without_exif(data)))
+            image = Image.open(io.BytesIO(without_exif(data)))
+        return image, metadata_of(image)
 
 
 def peek_size(file: BinaryIO) -> tuple[int, int]:

@@ -88,8 +88,9 @@ NOTHING = Kept()
 
 def kept_of(metadata: Metadata, alpha: np.ndarray | None) -> Kept:
     """alpha: uint8 (H, W), of the upright picture."""
+    exif = _Exif(metadata.exif).cleaned() if metadata.orientation else b""
     icc = metadata.icc if metadata.profile == "RGB" else b""
-    return Kept(_Exif(metadata.exif).cleaned(), icc, metadata.colour, alpha)
+    return Kept(exif, icc, metadata.colour, alpha)
 
 
 def looks_otherwise(icc: bytes) -> bool:
