@@ -15,6 +15,7 @@ from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.images.checks import warn_of_given
 from guided_diffusion.images.files import prepare, put_upright, resize_and_crop, to_rgb
+from guided_diffusion.images.metadata import Metadata
 from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, paste_known, to_bytes
 from guided_diffusion.repaint import repaint
 from guided_diffusion.scheduler import count_evaluations
@@ -201,7 +202,12 @@ class Inpainter(ABC):
         results = to_bytes(self._sample(gt, masks, seed, progress, picture))
         if self.paste_known:
             results = paste_known(results, np.stack(originals), masks)
-        return [Image.fromarray(result) for result in results]
+        made = [Image.fromarray(result) for result in results]
+        if self.image_size is None:  # whole photos look as before
+            for picture, image in zip(made, images, strict=True):
+                icc = image.info.get("icc_profile") or b""
+                picture.info |= {"icc_profile": icc} if Metadata(icc=icc).profile == "RGB" else {}
+        return made
 
     def _choose_start(self, given: Pictures | None, images: Pictures) -> Pictures | None:
         """What to start from; None: pure noise. Raises ValueError if it is missing, or in vain."""

@@ -108,14 +108,14 @@ def put_upright(image: Image.Image) -> Image.Image:
     """A copy, turned as its EXIF data say; if these are damaged, as it is, with a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        image.load()
+        copy = image.copy()
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except Exception:  # Pillow reports damaged data by many unrelated types
             orientation = None
     if orientation is None:
         _warn_of_exif(getattr(image, "filename", "") or "a picture")
-    return _turned(image, orientation)
+    return _turned(copy, orientation)
 
 
 def load_prepared(path: str, image_size: int | None) -> np.ndarray:
@@ -163,7 +163,7 @@ class InputFile:
             return (width, height) if metadata.orientation in (5, 6, 7, 8) else (height, width)
 
     def _upright(self, image: Image.Image, metadata: Metadata) -> Image.Image:
-        """A copy of a picture that is just opened. If its EXIF is damaged, there is a warning."""
+        """A picture that is just opened, decoded. If its EXIF is damaged, there is a warning."""
         # Pillow does not get to see what it might warn of in PNG and JPEG files, and so most
         # pictures are decoded at a time, by several threads.
         with nullcontext() if image.format in ("PNG", "JPEG") else _quiet_pillow():
@@ -276,14 +276,14 @@ def _warn_of_exif(path: str) -> None:
 
 
 def _turned(image: Image.Image, orientation: object) -> Image.Image:
-    """A copy, turned as an orientation of EXIF says; as it is if there is no such one."""
+    """A copy, turned as an orientation of EXIF says; the picture itself if it needs no turn."""
     turn = Image.Transpose
     turns = {
         **{2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM},
         **{5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90},
     }
     is_known = isinstance(orientation, int) and orientation in turns
-    return image.transpose(turns[orientation]) if is_known else image.copy()
+    return image.transpose(turns[orientation]) if is_known else image
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
@@ -298,10 +298,11 @@ def reason(error: Exception) -> str:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """image: a copy, which may be changed."""
+    """image: one that may be changed, or given back."""
     # The alpha of a palette is dropped like any other; Pillow would recommend RGBA in a warning.
     image.info.pop("transparency", None)
-    return _to_8_bits(image).convert("RGB")
+    image = _to_8_bits(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _alpha(image: Image.Image) -> np.ndarray | None:
