@@ -1,5 +1,7 @@
 """A model ready to inpaint: tensors or pictures in, the same kind out."""
 
+import operator
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -8,11 +10,13 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.images.files import prepare
+from guided_diffusion.images.checks import warn_of_given
+from guided_diffusion.images.files import prepare, put_upright, resize_and_crop, to_rgb
+from guided_diffusion.images.metadata import Metadata
 from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, paste_known, to_bytes
 from guided_diffusion.repaint import Denoise, repaint
 from guided_diffusion.scheduler import count_evaluations
@@ -96,11 +100,11 @@ class Inpainter(ABC):
         self,
         images: Images,
         keep_masks: Images,
-        seed: int = 0,
+        seed: int | None = 0,
         progress: Progress | None = None,
         start_from: Images | None = None,
     ) -> Images:
-        """Inpaint a batch; image i has the random stream of seed + i.
+        """Inpaint a batch; image i has the random stream of seed + i; None draws a seed.
 
         images: (B, 3, S, S) in [-1, 1] and keep_masks (B, 1 or 3, S, S) in [0, 1], 1 = keep,
         S = image_size, or any (B, ·, H, W) without one; or a PIL image and its mask of any size,
@@ -108,9 +112,10 @@ class Inpainter(ABC):
         called after each evaluation; x0 is on the device, and `as_pictures` shows it. start_from:
         what the config's `start_from` begins with, of the images' kind and sizes; left out: the
         images themselves, if the config has no path.
-        Returns the same kind; tensors as float32 on the CPU.
+        Returns the same kind; tensors as float32 on the CPU. Warns of masks as the command does.
         Raises ValueError for kinds, shapes or values that do not fit.
         """
+        seed = _check_seed(seed)
         if isinstance(images, torch.Tensor):
             return self._inpaint_tensors(images, keep_masks, seed, progress, start_from)
         if isinstance(images, Image.Image):
@@ -154,6 +159,8 @@ class Inpainter(ABC):
             _check_start_tensor(picture, images)
             picture = picture.float()
         gt, keep_mask = images.float(), self.prepare_mask(keep_masks.float())
+        sizes = [(gt.shape[3], gt.shape[2])] * len(gt)
+        warn_of_given(sizes, sizes, _mask_bytes(keep_masks), _mask_bytes(keep_mask))
         x = self._sample(gt, keep_mask, seed, progress, picture)
         return torch.where(keep_mask.cpu() == 1, gt.cpu(), x) if self.paste_known else x
 
@@ -171,15 +178,24 @@ class Inpainter(ABC):
             _check_start_pictures(starts, images)
             prepared = [prepare(start, self.image_size) for start in starts]
             picture = torch.stack([image_to_tensor(start) for start in prepared])
-        originals = [prepare(image, self.image_size) for image in images]
-        masks = [mask_to_tensor(prepare(m, self.image_size)) for m in keep_masks]
+        images, keep_masks = [*map(to_rgb, images)], [*map(to_rgb, keep_masks)]
+        originals = [resize_and_crop(image, self.image_size) for image in images]
+        values = [resize_and_crop(mask, self.image_size) for mask in keep_masks]
+        masks = [*map(mask_to_tensor, values)]
         _check_sizes(originals, masks)
         masks = self.prepare_mask(torch.stack(masks))
+        sizes = [[picture.size for picture in pictures] for pictures in (images, keep_masks)]
+        warn_of_given(*sizes, np.stack(values), _mask_bytes(masks))
         gt = torch.stack([image_to_tensor(original) for original in originals])
         results = to_bytes(self._sample(gt, masks, seed, progress, picture))
         if self.paste_known:
             results = paste_known(results, np.stack(originals), masks)
-        return [Image.fromarray(result) for result in results]
+        made = [Image.fromarray(result) for result in results]
+        if self.image_size is None:  # whole photos look as before
+            for picture, image in zip(made, images, strict=True):
+                icc = image.info.get("icc_profile") or b""
+                picture.info |= {"icc_profile": icc} if Metadata(icc=icc).profile == "RGB" else {}
+        return made
 
     def _choose_start(self, given: Images | None, images: Images) -> Images | None:
         """What to start from; None: pure noise. Raises ValueError if it is missing, or in vain."""
@@ -286,6 +302,29 @@ class PixelInpainter(Inpainter):
         return pictures.to(self.diffusion.device).contiguous(memory_format=torch.channels_last)
 
 
+def _check_seed(seed: int | None) -> int:
+    """The seed, or one drawn afresh. Raises ValueError."""
+    if seed is None:
+        return secrets.randbelow(2**31 - 1)
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**62:
+        shown = repr(seed) if isinstance(seed, int | float | str) else f"a {type(seed).__name__}"
+        raise ValueError(
+            f"seed is {shown}; accepted: a whole number >= 0 and < 2**62, or None, which draws one "
+            "(image i of a batch has random numbers of its own, from seed + i)"
+        )
+    return number
+
+
+def _mask_bytes(keep_masks: torch.Tensor) -> np.ndarray:
+    """(B, 1 or 3, H, W) in [0, 1] -> uint8 (B, H, W, 3)."""
+    levels = (keep_masks.detach().cpu().float() * 255).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+
+
 def _check_tensors(images: torch.Tensor, keep_masks: torch.Tensor, size: int | None) -> None:
     if not isinstance(keep_masks, torch.Tensor):
         raise ValueError("images are a tensor, so the keep masks must be one too")
@@ -349,4 +388,4 @@ def _check_start_pictures(starts: Sequence[Image.Image], images: Sequence[Image.
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    return ImageOps.exif_transpose(image).size
+    return put_upright(image).size

@@ -189,6 +189,96 @@ def test_the_command_writes_the_same_pictures(tmp_path, results):
         np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(result))
 
 
+def test_no_seed_draws_one(inpaint):
+    images, keep_masks = random_batch()
+    first, second = (inpaint(images, keep_masks, seed=None) for _ in range(2))
+    assert not torch.isclose(first, second).all()
+    with patch("guided_diffusion.inpainter.secrets.randbelow", return_value=5):
+        drawn = inpaint(images, keep_masks, seed=None)
+    assert torch.equal(drawn, inpaint(images, keep_masks, seed=5))
+
+
+@pytest.mark.parametrize("seed", [np.int64(9), np.uint8(9), torch.tensor(9)])
+def test_whole_numbers_of_any_type_are_seeds(inpaint, seed):
+    images, keep_masks = random_batch(1)
+    assert torch.equal(inpaint(images, keep_masks, seed=seed), inpaint(images, keep_masks, seed=9))
+
+
+@pytest.mark.parametrize(
+    ("seed", "shown"),
+    [
+        (torch.Generator(), "a Generator"),
+        (np.random.default_rng(0), "a Generator"),
+        ([1, 2], "a list"),
+        ("7", "'7'"),
+        (7.0, "7.0"),
+        (True, "True"),
+        (-1, "-1"),
+        (2**62, "4611686018427387904"),
+    ],
+)
+def test_what_is_no_seed_is_refused_in_words(inpaint, seed, shown):
+    images, keep_masks = random_batch(1)
+    with pytest.raises(ValueError, match=f"seed is {shown}; accepted: a whole number") as error:
+        inpaint(images, keep_masks, seed=seed)
+    assert "None" in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- What is said of masks, as by the command ----
+
+
+def told(inpaint: Inpainter, *arguments: object) -> list[str]:
+    """The warnings of a call. Each is shown at the line of the call."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        inpaint(*arguments)
+    assert all((w.category, w.filename) == (UserWarning, __file__) for w in record)
+    return [str(warning.message) for warning in record]
+
+
+HALF = np.repeat(np.arange(SIZE) < SIZE // 2, SIZE).reshape(SIZE, SIZE)  # True above
+SLIGHT = np.repeat(np.arange(SIZE) < 4, SIZE).reshape(SIZE, SIZE)
+COLOURED = np.where(HALF[..., None], (255, 0, 0), 255)
+KINDS = {
+    "good": (HALF * 255, None),
+    "0 and 1": (HALF * 1, "are nowhere brighter than half of 255, so that nothing is kept"),
+    "white": (HALF * 0 + 255, "keep everything (white all over)"),
+    "black": (HALF * 0, "keep nothing (black all over)"),
+    "grey": (HALF * 155 + 100, "have values between 0"),
+    "little": (SLIGHT * 255, "keep less than a fifth of the picture; if white (255) means fill in"),
+    "colour": (COLOURED, "are in colour, of which more or less may be kept than one sees"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("given", ["picture", "list", "tensor"])
+def test_masks_that_may_be_meant_otherwise_are_told(inpaint, pictures, kind, given):
+    pixels, words = KINDS[kind]
+    mask = Image.fromarray(pixels.astype(np.uint8))
+    if given == "tensor":
+        keep = np.atleast_3d(pixels).transpose(2, 0, 1)[None] / np.float32(255)
+        messages = told(inpaint, random_batch(1)[0], torch.from_numpy(keep).float())
+    elif given == "list":
+        good = Image.fromarray((HALF * 255).astype(np.uint8))
+        messages = told(inpaint, pictures[:3], [good, mask, mask])
+    else:
+        messages = told(inpaint, pictures[0], mask)
+    count = "2 of 3 masks, first mask 2, " if given == "list" else "1 of 1 masks, first mask 1, "
+    assert [message[: len(count + (words or ""))] for message in messages] == (
+        [count + words] if words else []
+    )
+    assert not any("gt_path" in message or "mask_convention" in message for message in messages)
+
+
+def test_masks_of_another_size_are_told(inpaint, pictures):
+    (message,) = told(
+        inpaint, pictures[0].resize((96, 64)), Image.fromarray((HALF * 255).astype(np.uint8))
+    )
+    assert message.startswith(
+        "1 of 1 images differ in size from their mask, first image 1 (96x64) and mask 1 (32x32)"
+    )
+
+
 # ---- Known pixels ----
 
 

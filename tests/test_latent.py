@@ -6,7 +6,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from guided_diffusion import factory, load_inpainter
 from guided_diffusion.config import load_config
@@ -185,6 +185,18 @@ def test_pictures_and_tensors_of_any_size_from_python(inpaint):
     x = inpaint(gt, torch.from_numpy(keep)[None, None].float(), seed=4)
     truncated = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
     assert (truncated[~keep] == result[~keep]).all()
+
+
+def test_whole_photos_from_python_keep_their_colour_profile(inpaint, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    cmyk = profile[:16] + b"CMYK" + profile[20:]
+    mask = Image.new("L", (70, 40), 255)
+    mask.paste(0, (0, 0, 40, 30))
+    for icc, kept in ((profile, profile), (cmyk, None), (b"damaged", None)):
+        Image.fromarray(noise(40, 70, 3)).save(tmp_path / "photo.webp", icc_profile=icc)
+        inpaint(Image.open(tmp_path / "photo.webp"), mask).save(tmp_path / "result.png")
+        with Image.open(tmp_path / "result.png") as result:
+            assert result.info.get("icc_profile") == kept
 
 
 def test_progress_gets_latents_that_can_be_shown(inpaint):

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from guided_diffusion.networks.autoencoder import Autoencoder
 from guided_diffusion.run import worker
@@ -191,6 +191,19 @@ def test_photos_stay_as_they_are_in_batches_of_equal_sizes(case):
         assert results[name].shape[:2] == size
         assert (results[name][keep] == gt[keep]).all()
         assert (results[name][~keep] != gt[~keep]).any()
+
+
+def test_what_belongs_to_whole_photos_comes_back(case):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    add_photo(case, "a.png", 40, 70)
+    picture = Image.fromarray(photo(40, 70))
+    picture.putalpha(90)
+    picture.save(case.folder / "gts" / "a.png", icc_profile=profile)
+    case.finish()
+    with Image.open(case.out / "inpainted" / "a.png") as result:
+        assert result.info["icc_profile"] == profile
+        keep = np.asarray(Image.open(case.folder / "masks" / "a.png")) == 255
+        np.testing.assert_array_equal(np.asarray(result)[..., 3], np.where(keep, 90, 255))
 
 
 def test_an_image_size_resizes_and_crops(case):

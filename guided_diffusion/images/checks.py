@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from guided_diffusion.config import CUT, DatasetConfig, UserError
-from guided_diffusion.images.files import InputFile, resize_and_crop
+from guided_diffusion.images.files import Decoded, InputFile, resize_and_crop
+from guided_diffusion.images.metadata import looks_otherwise
 from guided_diffusion.images.pairs import Pair, PairFiles
 from guided_diffusion.images.regions import cut_keep, find_regions, keep_of
 from guided_diffusion.images.tensors import decode_mask
@@ -21,6 +22,8 @@ Size = tuple[int, int]  # width, height
 COLOUR = 16  # levels of 255 between red, green and blue, up to which a pixel is grey
 LARGE = 2**20  # pixels of a picture above which attention over all of it takes most of the time
 LITTLE = 0.2  # of a picture: masks that keep less are often meant the other way round
+# Of each convention: the other one, and what white means there.
+CONVENTIONS = {"keep": ("fill", "fill in"), "fill": ("keep", "keep")}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Found:
     image: Size
     mask: _Mask
     start: Size | None = None
+    lost: tuple[str, ...] = ()  # keys of _LOST
 
 
 _WARNINGS = {
@@ -58,7 +62,7 @@ _WARNINGS = {
     ),
     "coloured": (
         "are in colour, of which more or less may be kept than one sees; if they are photos, "
-        "gt_path and mask_path may be swapped; if the hole is painted in a colour: "
+        "{both} may be swapped; if the hole is painted in a colour: "
         "python -m guided_diffusion.masks from-colour"
     ),
     "white": (
@@ -66,6 +70,29 @@ _WARNINGS = {
         "python -m guided_diffusion.masks from-alpha"
     ),
     "black": "keep nothing (black all over): the whole picture is filled in",
+}
+# What results do not keep of an image.
+_LOST = {
+    "alpha": (
+        "are transparent in places, which results do not keep with fit: crop: the colours beneath "
+        "show; to keep it, set fit: region"
+    ),
+    "profile": (
+        "have a colour profile, which results do not keep with fit: crop: their colours look "
+        "different; to keep it, set fit: region, or convert the images to sRGB before"
+    ),
+    "other": (
+        "have a colour profile that is not for RGB, so that results cannot keep it: their colours "
+        "may look different; to be sure, convert the images to sRGB before"
+    ),
+    "damaged": (
+        "have a colour profile that cannot be read, so that results do not keep it: their colours "
+        "may look different"
+    ),
+    "dark": (
+        "have 16 bits but use less than a quarter of their range, so that they look nearly black; "
+        "stretch their values, so that white is 65535"
+    ),
 }
 
 
@@ -87,13 +114,25 @@ class PairChecks:
     def inspect(self, files: PairFiles) -> Found | UserError:
         """What is in these files, or why one of them cannot be decoded."""
         try:
-            image = files.image.rgb().size
+            image = files.image.decoded()
             start = files.start and files.start.rgb().size
             if files.mask.path not in self.masks:
                 self.masks[files.mask.path] = self._inspect_mask(files.mask)
         except UserError as error:
             return error
-        return Found(image, self.masks[files.mask.path], start)
+        return Found(image.rgb.size, self.masks[files.mask.path], start, tuple(self._lost(image)))
+
+    def _lost(self, image: Decoded) -> Iterator[str]:
+        """What results do not keep of an image: keys of _LOST."""
+        profile, is_whole = image.metadata.profile, self.fit_region or self.image_size is None
+        if profile in ("other", "damaged"):
+            yield profile
+        if image.is_dark:
+            yield "dark"
+        if not is_whole and image.kept.alpha is not None:
+            yield "alpha"
+        if not is_whole and profile == "RGB" and looks_otherwise(image.kept.icc):
+            yield "profile"
 
     def _inspect_mask(self, file: InputFile) -> _Mask:
         mask = decode_mask(file, self.dataset.mask_convention)
@@ -109,10 +148,11 @@ class PairChecks:
     def report(self, found: Mapping[Pair, Found | UserError]) -> None:
         """Warn of what was found, one line a kind.
 
-        That is: masks in grey (unless they are cut into black and white) or in colour, masks that
-        are dim all over, that keep everything, nothing or little, and masks that are not as large
-        as their image; with fit: region, holes that are larger than the network's square, and masks
-        that leave the network nothing to see; without an image_size, pictures that are large.
+        That is: images of which results lose something; masks in grey (unless they are cut into
+        black and white) or in colour, masks that are dim all over, that keep everything, nothing or
+        little, and masks that are not as large as their image; with fit: region, holes that are
+        larger than the network's square, and masks that leave the network nothing to see; without
+        an image_size, pictures that are large.
         Raises UserError that names the first file that cannot be read, or that has not the size of
         its image, where it must: a picture to start from, and, with fit: region or without an
         image_size, a mask.
@@ -127,13 +167,11 @@ class PairChecks:
     def _messages(self, found: Mapping[Pair, Found]) -> Iterator[str]:
         """Warnings. Raises UserError."""
         _check_starts(found)
+        yield from _losses(found)
         masks = {pair.mask_path: each.mask for pair, each in found.items()}
-        for kind, text in _WARNINGS.items():
-            paths = [path for path, mask in masks.items() if mask.kind == kind]
-            if paths:
-                count = f"{len(paths)} of {len(masks)} masks, first {paths[0]},"
-                yield f"{count} {text.format(S=self.image_size)}"
-        yield from _convention_warnings(masks, self.dataset.mask_convention)
+        yield from _mask_kinds(masks, self.image_size, "gt_path and mask_path")
+        other, means = CONVENTIONS[self.dataset.mask_convention]
+        yield from _convention_warnings(masks, means, f"set mask_convention: {other}")
         yield from _unequal_sizes(found, self.needs_sizes)
         if self.fit_region:
             yield from _large_holes(found, self.image_size)
@@ -190,6 +228,24 @@ def _check_starts(found: Mapping[Pair, Found]) -> None:
         )
 
 
+def _losses(found: Mapping[Pair, Found]) -> Iterator[str]:
+    """Warnings about what results do not keep of their images."""
+    images = {pair.image_path: each.lost for pair, each in found.items()}
+    for kind, text in _LOST.items():
+        paths = [path for path, lost in images.items() if kind in lost]
+        if paths:
+            yield f"{len(paths)} of {len(images)} images, first {paths[0]}, {text}"
+
+
+def _mask_kinds(masks: Mapping[str, _Mask], image_size: int | None, both: str) -> Iterator[str]:
+    """Warnings about masks that are not black and white. both: where images and masks are given."""
+    for kind, text in _WARNINGS.items():
+        paths = [path for path, mask in masks.items() if mask.kind == kind]
+        if paths:
+            count = f"{len(paths)} of {len(masks)} masks, first {paths[0]},"
+            yield f"{count} {text.format(S=image_size, both=both)}"
+
+
 def _shown(path: str, size: Size) -> str:
     return "{} ({}x{})".format(path, *size)
 
@@ -237,12 +293,39 @@ def _large_holes(found: Mapping[Pair, Found], image_size: int) -> Iterator[str]:
         )
 
 
-def _convention_warnings(masks: Mapping[str, _Mask], convention: str) -> Iterator[str]:
+def _convention_warnings(masks: Mapping[str, _Mask], means: str, cure: str) -> Iterator[str]:
+    """means: what white would mean if the masks were meant the other way round."""
     little = [path for path, mask in masks.items() if mask.kept < LITTLE]
     meant = [path for path in little if masks[path].kind in ("binary", "fractional")]
     if 2 * len(meant) > len(masks):
-        other, means = ("fill", "fill in") if convention == "keep" else ("keep", "keep")
         yield (
             f"{len(meant)} of {len(masks)} masks, first {meant[0]}, keep less than a fifth of the "
-            f"picture; if white (255) means {means} in your masks, set mask_convention: {other}"
+            f"picture; if white (255) means {means} in your masks, {cure}"
         )
+
+
+def warn_of_given(
+    images: Sequence[Size], masks: Sequence[Size], values: np.ndarray, used: np.ndarray
+) -> None:
+    """What `PairChecks` warns of, about pictures that a Python caller gives.
+
+    images, masks: their sizes as given. values, used: the masks as the network's size has them,
+    and as the sampler takes them, uint8 (B, H, W, 3), white = keep.
+    """
+    found = {
+        Pair(i, f"image {i + 1}", f"mask {i + 1}", ""): Found(image, _given_mask(mask, *arrays))
+        for i, (image, mask, *arrays) in enumerate(zip(images, masks, values, used, strict=True))
+    }
+    by_name = {pair.mask_path: each.mask for pair, each in found.items()}
+    size = values.shape[1] if values.shape[1] == values.shape[2] else None
+    for message in (
+        *_mask_kinds(by_name, size, "images and masks"),
+        *_convention_warnings(by_name, "fill in", "invert them"),
+        *_unequal_sizes(found, ""),
+    ):
+        warnings.warn(message, UserWarning, stacklevel=4)  # at the line that calls the inpainter
+
+
+def _given_mask(size: Size, values: np.ndarray, used: np.ndarray) -> _Mask:
+    kind = "coloured" if _is_coloured(Image.fromarray(values)) else _kind(values, used)
+    return _Mask(size, kind, float(used.mean()) / 255)

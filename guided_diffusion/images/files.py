@@ -10,20 +10,33 @@ import hashlib
 import io
 import math
 import os
+import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from guided_diffusion.config import UserError
+from guided_diffusion.images.metadata import (
+    NOTHING,
+    Kept,
+    Metadata,
+    kept_of,
+    metadata_of,
+    split,
+    without_exif,
+)
 from guided_diffusion.machine import storage
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
+MOST_PIXELS = 400_000_000  # of a picture: twice those of the largest photos of telephones
+DARK = 64  # level of 255 that 16-bit pictures should reach: with 12 bits in 16, they reach 16
 
 
 # ---- Found ----
@@ -83,7 +96,26 @@ def prepare(image: Image.Image, image_size: int | None) -> np.ndarray:
     Returns uint8 (image_size, image_size, 3), or (H, W, 3). Raises ValueError for pixels without a
     known range.
     """
-    return resize_and_crop(_upright_rgb(image), image_size)
+    return resize_and_crop(to_rgb(image), image_size)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture, upright, RGB of 8 bits. Raises ValueError for pixels without a known range."""
+    return _rgb(put_upright(image))
+
+
+def put_upright(image: Image.Image) -> Image.Image:
+    """A copy, turned as its EXIF data say; if these are damaged, as it is, with a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        copy = image.copy()
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # Pillow reports damaged data by many unrelated types
+            orientation = None
+    if orientation is None:
+        _warn_of_exif(getattr(image, "filename", "") or "a picture")
+    return _turned(copy, orientation)
 
 
 def load_prepared(path: str, image_size: int | None) -> np.ndarray:
@@ -108,27 +140,59 @@ class InputFile:
 
     def rgb(self) -> Image.Image:
         """The picture, decoded to its last pixel, upright, RGB of 8 bits."""
-        with self._opened() as image:
-            return _upright_rgb(image)
+        return self.decoded().rgb
+
+    def decoded(self) -> Decoded:
+        """The picture, decoded to its last pixel, and what else a result may keep of it."""
+        with self._opened() as (image, metadata):
+            image = self._upright(image, metadata)
+            alpha, is_deep = _alpha(image), metadata.is_deep or image.mode.startswith("I")
+            rgb = _rgb(image)
+            brightest = max(high for _, high in rgb.getextrema()) if is_deep else DARK
+            return Decoded(rgb, metadata, kept_of(metadata, alpha), 0 < brightest < DARK)
 
     def upright(self) -> Image.Image:
         """The picture, decoded to its last pixel, upright, in its own mode."""
-        with self._opened() as image:
-            return ImageOps.exif_transpose(image)  # always a copy
+        with self._opened() as (image, metadata):
+            return self._upright(image, metadata)
 
     def size(self) -> tuple[int, int]:
         """Height and width of the upright picture, without decoding its pixels."""
-        with self._opened() as image:
+        with self._opened() as (image, metadata):
             width, height = image.size
-            return (width, height) if _lies_on_its_side(image) else (height, width)
+            return (width, height) if metadata.orientation in (5, 6, 7, 8) else (height, width)
+
+    def _upright(self, image: Image.Image, metadata: Metadata) -> Image.Image:
+        """A picture that is just opened, decoded. If its EXIF is damaged, there is a warning."""
+        # Pillow does not get to see what it might warn of in PNG and JPEG files, and so most
+        # pictures are decoded at a time, by several threads.
+        with nullcontext() if image.format in ("PNG", "JPEG") else _quiet_pillow():
+            image.load()
+        if metadata.orientation is None:
+            _warn_of_exif(self.path)
+        return _turned(image, metadata.orientation)
 
     @contextmanager
-    def _opened(self) -> Iterator[Image.Image]:
-        """The picture, to decode within the block."""
+    def _opened(self) -> Iterator[tuple[Image.Image, Metadata]]:
+        """The picture, to decode within the block, and what lies beside its pixels."""
         try:
-            yield Image.open(io.BytesIO(self.data))
+            image, metadata = _open(self.data)
+            _check_pixels(self.path, image.size)
+            yield image, metadata
+        except UserError:
+            raise
         except Exception as error:  # Pillow reports damaged files by many unrelated types
             raise _unreadable(self.path, error) from error
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A picture, and what else a result may keep of it."""
+
+    rgb: Image.Image  # upright, of 8 bits
+    metadata: Metadata  # as the file has it
+    kept: Kept  # for a picture that is upright and RGB
+    is_dark: bool  # though of 16 bits, it uses less than a quarter of the range
 
 
 def read_input(path: str) -> InputFile:
@@ -150,27 +214,76 @@ def read_rgb(path: str) -> Image.Image:
     return read_input(path).rgb()
 
 
-def _lies_on_its_side(image: Image.Image) -> bool:
-    """Whether width and height of a picture, just opened, change places when it is put upright."""
-    if image.format == "TIFF":  # Pillow puts these upright by itself
-        return False
-    if image.format == "PNG" and not _METADATA & _kinds_of_chunks(image.fp):
-        return False  # Pillow would decode all pixels to look for more after them
-    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+def _open(data: bytes) -> tuple[Image.Image, Metadata]:
+    metadata, rest = split(data)
+    if metadata:
+        with _quiet_pillow(has_warnings=False):
+            return Image.open(io.BytesIO(rest)), metadata
+    with _quiet_pillow():
+        try:
+            image = Image.open(io.BytesIO(data))
+        except Exception:  # many unrelated types
+            if data[4:8] != b"ftyp":
+                raise
+            # Pillow changes the EXIF of AVIF files, which fails where a value is odd.
+            image = Image.open(io.BytesIO(without_exif(data)))
+        return image, metadata_of(image)
 
 
-_METADATA = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # chunks that may tell how a PNG is to be turned
+def peek_size(file: BinaryIO) -> tuple[int, int]:
+    """Width and height of a picture, as its first bytes say. Raises many types of errors."""
+    with _quiet_pillow(), Image.open(file) as image:
+        return image.size
 
 
-def _kinds_of_chunks(file: BinaryIO) -> set[bytes]:
-    """Those that a PNG file consists of; it is left at the place where it was."""
-    kinds, place = set(), file.tell()
-    file.seek(8)
-    while len(head := file.read(8)) == 8:
-        kinds.add(head[4:])
-        file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
-    file.seek(place)
-    return kinds
+_PILLOW = threading.Lock()
+
+
+@contextmanager
+def _quiet_pillow(has_warnings: bool = True) -> Iterator[None]:
+    """A block in which Pillow has no limit of pixels, and its warnings name no file to nobody.
+
+    Those left are harmless: values of EXIF and TIFF tags that are not used. Limit and warnings
+    belong to the whole process; thus the lock.
+    """
+    with _PILLOW, warnings.catch_warnings() if has_warnings else nullcontext():
+        if has_warnings:
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+        most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = most
+
+
+def _check_pixels(path: str, size: tuple[int, int]) -> None:
+    """Raises UserError."""
+    if math.prod(size) > MOST_PIXELS:
+        raise UserError(
+            f"image {path} is too large: {size[0]}x{size[1]} are {math.prod(size):,} pixels, and "
+            f"at most {MOST_PIXELS:,} are read; make it smaller with an image editor, or cut out "
+            "the part around the hole"
+        )
+
+
+def _warn_of_exif(path: str) -> None:
+    warnings.warn(
+        f"{path}: its EXIF data are damaged; the picture is taken as it lies in the file, not "
+        "turned, and results get no EXIF",
+        UserWarning,
+        stacklevel=1,  # so that it is shown once
+    )
+
+
+def _turned(image: Image.Image, orientation: object) -> Image.Image:
+    """A copy, turned as an orientation of EXIF says; the picture itself if it needs no turn."""
+    turn = Image.Transpose
+    turns = {
+        **{2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM},
+        **{5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90},
+    }
+    is_known = isinstance(orientation, int) and orientation in turns
+    return image.transpose(turns[orientation]) if is_known else image
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
@@ -181,16 +294,27 @@ def reason(error: Exception) -> str:
     """Why a picture cannot be read, in a few words."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "empty, damaged, or not an image"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"too large, at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels are accepted"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)  # always a copy
+def _rgb(image: Image.Image) -> Image.Image:
+    """image: one that may be changed, or given back."""
     # The alpha of a palette is dropped like any other; Pillow would recommend RGBA in a warning.
     image.info.pop("transparency", None)
-    return _to_8_bits(image).convert("RGB")
+    image = _to_8_bits(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _alpha(image: Image.Image) -> np.ndarray | None:
+    """uint8 (H, W), 255 = opaque; None where all of it is."""
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I") and transparent is not None:
+        alpha = np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8)
+    elif image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    else:
+        return None
+    return None if alpha.min() == 255 else alpha
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -235,8 +359,13 @@ def picture_grid(pictures: np.ndarray) -> np.ndarray:
     return cells.reshape(rows * size, columns * size, 3)
 
 
-def encode_png(array: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) -> the bytes of a PNG file."""
+def encode_png(array: np.ndarray, kept: Kept = NOTHING, hole: np.ndarray | None = None) -> bytes:
+    """uint8 (H, W, 3) -> the bytes of a PNG file.
+
+    kept: of the photo that the picture was made of. hole: bool (H, W), what is opaque in any case.
+    """
+    if kept.alpha is not None:
+        array = np.dstack([array, np.where(hole, np.uint8(255), kept.alpha)])
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
+    Image.fromarray(array).save(buffer, format="PNG", **kept.png_options())
     return buffer.getvalue()

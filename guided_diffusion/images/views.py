@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from guided_diffusion.config import CUT, DatasetConfig
-from guided_diffusion.images.files import resize_and_crop
+from guided_diffusion.images.files import encode_png, resize_and_crop
+from guided_diffusion.images.metadata import NOTHING, Kept
 from guided_diffusion.images.pairs import PairFiles
 from guided_diffusion.images.regions import (
     Region,
@@ -58,6 +59,7 @@ class Crop:
     mask: np.ndarray  # uint8 (H, W, 3), white = keep; black and white alone if known_from is CUT
     known_from: int | None = None  # level of the mask from which the image's own bytes come out
     start: np.ndarray | None = None  # uint8 (H, W, 3)
+    kept: Kept = NOTHING  # of a whole photo, besides pixels
     views = 1
 
     def view(self, number: int = 0) -> View:
@@ -71,6 +73,10 @@ class Crop:
         if self.known_from is None:
             return result
         return np.where(self.mask >= self.known_from, self.image, result)
+
+    def encode(self, finished: np.ndarray) -> bytes:
+        """A PNG of the finished picture, with what it keeps of its photo; holes are opaque."""
+        return encode_png(finished, self.kept, hole=self.mask.min(axis=2) < CUT)
 
     def companions(self) -> Companions:
         """The picture, masked and mask: what the network sees, or bytes that results keep."""
@@ -88,6 +94,7 @@ class Photo:
     keep: np.ndarray  # bool (H, W)
     image_size: int
     start: np.ndarray | None = None  # uint8 (H, W, 3)
+    kept: Kept = NOTHING  # besides pixels
 
     @cached_property
     def regions(self) -> list[Region]:
@@ -114,6 +121,10 @@ class Photo:
         """The photo with its holes filled in. results: of each view, uint8 (S, S, 3)."""
         return paste(self.image, self.keep, self.regions, results, self.image_size)
 
+    def encode(self, finished: np.ndarray) -> bytes:
+        """A PNG of the finished photo, with what it keeps of the input; holes are opaque."""
+        return encode_png(finished, self.kept, hole=~self.keep)
+
     def companions(self) -> Companions:
         """The photo, its bytes as they are, masked, and its mask."""
         keep = np.repeat(self.keep[..., None], 3, axis=2)
@@ -138,15 +149,18 @@ def decode_pair(
     known_from: of a crop, the level of the prepared mask from which pixels come out as they are;
     CUT: the mask is cut there. A photo's mask is always cut, and its known pixels never change.
     """
-    image, mask = files.image.rgb(), decode_mask(files.mask, dataset.mask_convention)
-    starts = [files.start.rgb()] if files.start else []
+    photo, mask = files.image.decoded(), decode_mask(files.mask, dataset.mask_convention)
+    start, kept = files.start and files.start.rgb(), photo.kept
     if dataset.fit == "region":
-        return Photo(np.asarray(image), keep_of(mask), image_size, *map(np.asarray, starts))
-    prepared = [resize_and_crop(picture, image_size) for picture in (image, mask, *starts)]
+        start = start and np.asarray(start)
+        return Photo(np.asarray(photo.rgb), keep_of(mask), image_size, start, kept)
+    pictures = [photo.rgb, mask, *([start] if start else [])]
+    prepared = [resize_and_crop(picture, image_size) for picture in pictures]
     image, mask, *starts = map(np.fliplr, prepared) if flip else prepared
     if known_from == CUT:
         mask = black_and_white(mask)
-    return Crop(image, mask, known_from, *starts)
+    kept = kept if image_size is None and not flip else NOTHING
+    return Crop(image, mask, known_from, *(starts or [None]), kept)
 
 
 def black_and_white(mask: Image.Image | np.ndarray) -> np.ndarray:

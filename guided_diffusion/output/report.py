@@ -18,7 +18,6 @@ from pathlib import Path, PurePath
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from guided_diffusion.config import UserError
 from guided_diffusion.images import files
@@ -114,18 +113,19 @@ def _can_be_shown(path: str, link: str) -> bool:
 def _size(path: str) -> tuple[int, int] | None:
     """Width and height of a picture, by its first bytes; None if they cannot be read."""
     try:
-        with storage.open_binary(path) as file, Image.open(file) as image:
-            return image.size
+        with storage.open_binary(path) as file:
+            return files.peek_size(file)
     except Exception:  # Pillow reports damaged files by many unrelated types
         return None
 
 
 def _write_thumbnail(path: str, thumbnail: str) -> None:
     """Raises UserError if the picture cannot be read, OSError if nothing can be written."""
-    image = files.read_rgb(path)
+    decoded = files.read_input(path).decoded()
+    image, icc = decoded.rgb, decoded.kept.icc
     image.thumbnail((LARGE, LARGE))
     content = io.BytesIO()
-    image.save(content, format="JPEG", quality=90)
+    image.save(content, format="JPEG", quality=90, icc_profile=icc or None)
     storage.write_atomically(thumbnail, content.getvalue())
     if not storage.is_remote(path) and not storage.is_remote(thumbnail):
         time = os.stat(path).st_mtime_ns

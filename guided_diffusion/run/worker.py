@@ -207,7 +207,7 @@ class Worker:
         return after_evaluation
 
     def _write(self, task: Task, picture: Picture, result: np.ndarray, seconds: float) -> None:
-        plan, records, png = self.plan, self.job.records, encode_png(result)
+        plan, records, png = self.plan, self.job.records, picture.encode(result)
         if task.is_first_sample:
             write_companions(plan.dataset, task.pair.name, picture)
         write(f"{plan.dataset.inpainted_dir}/{task.name}", png)
@@ -293,9 +293,11 @@ def _sampled(
 def load(task: Task, plan: Plan) -> Picture:
     """Raises UserError if a file cannot be read, or is not the one that the plan is for."""
     files, origin, config = read_pair(task.pair), task.origin, plan.config
-    picture = decode_pair(
-        files, plan.dataset, config.image_size, flip=origin.flip, known_from=config.known_from
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the plan has told what there is to be told of them
+        picture = decode_pair(
+            files, plan.dataset, config.image_size, flip=origin.flip, known_from=config.known_from
+        )
     digests = origin.image, origin.mask, origin.start
     for file, digest in zip((files.image, files.mask, files.start), digests, strict=True):
         if file and file.digest != digest:
@@ -345,12 +347,15 @@ def _save_state(path: str, state: SamplerState) -> None:
 
 def write_companions(d: DatasetConfig, name: str, picture: Picture) -> None:
     """The input, the mask, and the input under the mask."""
-    companions = picture.companions()
-    pictures = {d.gt_masked_dir: companions.gt_masked, d.keep_mask_dir: companions.keep_mask}
+    companions, colours = picture.companions(), picture.kept.of_colours
+    pngs = {
+        d.gt_masked_dir: encode_png(companions.gt_masked, colours),
+        d.keep_mask_dir: encode_png(companions.keep_mask),
+    }
     if d.gt_dir is not None:
-        pictures[d.gt_dir] = companions.gt
-    for folder, pixels in pictures.items():
-        write(f"{folder}/{name}", encode_png(pixels))
+        pngs[d.gt_dir] = encode_png(companions.gt, colours)
+    for folder, png in pngs.items():
+        write(f"{folder}/{name}", png)
 
 
 def write(path: str, data: bytes) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from guided_diffusion.images import pairs
+from guided_diffusion.images import files, pairs
 from guided_diffusion.images.files import encode_png, load_prepared, prepare
 from guided_diffusion.images.pairs import Pair, find_pairs
 from guided_diffusion.images.tensors import flip_decision, image_to_tensor, mask_to_tensor, to_bytes
@@ -367,9 +367,10 @@ def test_text_and_missing_files_are_named(tmp_path):
 
 def test_a_decompression_bomb_is_named(tmp_path, monkeypatch):
     path = save_images(tmp_path, "x.png") + "/x.png"
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)  # 8 x 8 = 64 is more than twice that
+    monkeypatch.setattr(files, "MOST_PIXELS", 63)
     message = user_error(load_prepared, path, 8)
-    assert path in message and "at most 62 pixels" in message
+    assert path in message and "8x8 are 64 pixels, and at most 63 are read" in message
+    assert "smaller" in message
 
 
 # ---- Tensors and bytes ----

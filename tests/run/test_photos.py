@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from guided_diffusion.inpainter import PixelInpainter
 from guided_diffusion.output.film import FilmLog
@@ -276,3 +276,42 @@ def test_the_report_is_written_when_it_is_missing_or_out_of_date(tmp_path):
     assert not report.exists()  # what it showed is not there any more
     case.finish()
     assert report.read_bytes() != page
+
+
+# ---- What belongs to a photo ------------------------------------------------------------------
+
+
+def test_what_belongs_to_photos_comes_back_and_counts_as_finished(tmp_path):
+    case = photo_case(tmp_path)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[0x010F] = "Pinhole"
+    photo = noise(*SIZES["a.png"])
+    photo.putalpha(100)
+    photo.save(tmp_path / "gts" / "a.png", icc_profile=profile, exif=exif)
+    (warning,) = case.run().lines("warning")
+    assert "masks/b.png, keep everything" in warning
+    for kind in ("inpainted", "gt", "gt_masked"):
+        with Image.open(case.out / kind / "a.png") as written:
+            assert written.info["icc_profile"] == profile, kind
+    with Image.open(case.out / "inpainted" / "a.png") as result:
+        hole = np.zeros((67, 101), bool)
+        for left, top, right, bottom in HOLES["a.png"]:
+            hole[top:bottom, left:right] = True
+        pixels = np.asarray(result)
+        np.testing.assert_array_equal(pixels[..., 3], np.where(hole, 255, 100))
+        np.testing.assert_array_equal(pixels[~hole], np.asarray(photo)[~hole])
+        assert result.getexif()[0x010F] == "Pinhole"
+    with Image.open(case.out / "gt_keep_mask" / "a.png") as mask:
+        assert (mask.mode, mask.info) == ("RGB", {})
+    assert "all were finished before" in case.run().out
+    assert "are done again" in case.run("--overwrite").out
+
+
+def test_a_photo_with_damaged_exif_is_told_once(tmp_path):
+    case = photo_case(tmp_path)
+    photo = noise(*SIZES["a.png"])
+    photo.save(tmp_path / "gts" / "a.png", exif=b"Exif\0\0" + bytes(30))
+    (warning,) = (line for line in case.run().lines("warning") if "EXIF" in line)
+    assert f"{tmp_path}/gts/a.png: its EXIF data are damaged" in warning
+    np.testing.assert_array_equal(case.written("gt")["a.png"], np.asarray(photo))
