@@ -3,8 +3,9 @@
 A denoiser is a function (x_t, t, y) -> ReverseStep; y: (B,) classes, which it may ignore.
 """
 
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,61 @@ def ddim(denoiser: Denoiser, process: Process, eta: float = 0.0) -> Denoiser:
         return steps.step(denoiser(x_t, t, y).pred_x0, x_t, t)
 
     return denoise
+
+
+AT_A_TIME = 2**17  # pixels of windows: 32 windows of 64x64, 2 of 256x256
+
+
+def tiled(denoiser: Denoiser, windows: torch.Tensor) -> Denoiser:
+    """The denoiser over overlapping windows: what they see of a pixel becomes one estimate.
+
+    windows: int (K, S, S), where the pixels of each window are in the row x_t, (1, C, 1, N); each
+    of the N is in one window at least. The denoiser gets the windows in batches of one size.
+    Estimates are averaged with weights that fall to the edges of a window and sum to one. A mean is
+    linear in x_0, so that the average of the means is the mean for the average x_0.
+    """
+    side = windows.shape[-1]
+    windows = windows.flatten(1)  # (K, S·S)
+    weight = _window_weight(side).to(windows.device)  # (S·S, 1)
+    total = weight.new_zeros(int(windows.max()) + 1, 1)
+    _add_windows(total, windows, weight.expand(len(windows), -1, -1))
+
+    def denoise(x_t: torch.Tensor, t: int, y: torch.Tensor) -> ReverseStep:
+        row = x_t[0, :, 0].T  # (N, C)
+        sums = row.new_zeros(len(row), 3 * row.shape[1])
+        for places, count in _equal_batches(windows, AT_A_TIME // side**2):
+            x = row[places.flatten()].view(len(places), side, side, -1).permute(0, 3, 1, 2)
+            p = denoiser(x, t, y.expand(len(x)))
+            step = torch.cat([p.mean, p.log_variance.expand_as(x), p.pred_x0], dim=1)
+            step = step.flatten(2).transpose(1, 2) * weight  # (k, S·S, 3·C)
+            _add_windows(sums, places[:count], step)
+        return ReverseStep(*(each.T[None, :, None] for each in (sums / total).chunk(3, dim=1)))
+
+    return denoise
+
+
+def _window_weight(side: int) -> torch.Tensor:
+    """Of each pixel of a window, (S·S, 1): 1 in the middle, falling to nearly 0 as sin²."""
+    profile = torch.sin(torch.pi * (torch.arange(side) + 0.5) / side) ** 2
+    return torch.outer(profile, profile).flatten()[:, None]
+
+
+def _add_windows(sums: torch.Tensor, windows: torch.Tensor, values: torch.Tensor) -> None:
+    """Add the values of each window, (K, S·S, C), to the sums, (N, C), in a fixed order."""
+    for places, of_window in zip(windows, values, strict=False):
+        sums[places] += of_window
+
+
+def _equal_batches(windows: torch.Tensor, most: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Windows in batches of one size, and how many of each count: the others fill up the last.
+
+    Layers and graphs would be made ready anew for another size.
+    """
+    rounds = math.ceil(len(windows) / max(1, most))
+    size = math.ceil(len(windows) / rounds)
+    for first in range(0, len(windows), size):
+        batch = windows[first : first + size]
+        yield torch.cat([batch, windows[: size - len(batch)]]), len(batch)
 
 
 class NonFiniteError(ArithmeticError):

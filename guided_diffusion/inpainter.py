@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from guided_diffusion.denoiser import Denoiser, FiniteCheck
+from guided_diffusion.denoiser import Denoiser, FiniteCheck, tiled
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.images.checks import warn_of_given
 from guided_diffusion.images.files import prepare, put_upright, resize_and_crop, to_rgb
@@ -244,6 +244,12 @@ class PixelInpainter(Inpainter):
         self.time_shift = time_shift
         self.paste_known = paste_known
         self.start_from = start_from
+
+    def over_windows(self, windows: torch.Tensor) -> "PixelInpainter":
+        """This inpainter for one row of pixels, (1, 3, 1, N), seen in windows; see `tiled`."""
+        inpainter = copy(self)
+        inpainter.denoiser = tiled(self.denoiser, windows.to(self.diffusion.device))
+        return inpainter
 
     def sample(
         self,

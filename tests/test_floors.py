@@ -160,6 +160,7 @@ def test_functions_fit_on_a_screen():
     assert statistics.median(lengths.values()) < 15
 
 
+@pytest.mark.slow
 def test_reading_a_config_does_not_wait_for_torch():
     code = "import guided_diffusion.config, sys; print('torch' in sys.modules)"
     run = subprocess.run(

@@ -89,15 +89,21 @@ def dataset_problems(values: Mapping[str, Any], image_size: int | None) -> Probl
     if values.get("data.eval.*.image_size", image_size) != image_size:
         same = f"{image_size or 'null'}, as image_size at the top, or no such key"
         yield "data.eval.*.image_size", same
-    if values.get("data.eval.*.fit") == "region" and image_size is None:
+    fit = values.get("data.eval.*.fit")
+    if fit == "tile" and values.get("method") == "latent":
+        why = "whose noisy latents cannot be blended pixel by pixel"
+        yield "data.eval.*.fit", f"crop or region with method: latent, {why}"
+    if fit == "region" and image_size is None:
         yield "data.eval.*.fit", "crop, or set image_size, the side of the squares around holes"
+    if fit == "tile" and values.get("data.eval.*.batch_size", "auto") not in ("auto", 1):
+        yield "data.eval.*.batch_size", "1 or auto with fit: tile, where windows are a batch"
     gt_path, mask_path = (values.get(f"data.eval.*.{key}") for key in ("gt_path", "mask_path"))
     if gt_path and mask_path and os.path.realpath(gt_path) == os.path.realpath(mask_path):
         yield "data.eval.*.mask_path", "masks in a folder of their own, apart from gt_path"
     if values.get("data.eval.*.batch_size") == "auto" and values.get("data.eval.*.drop_last"):
         yield "data.eval.*.drop_last", "false with batch_size auto, or a number as batch_size"
-    if values.get("data.eval.*.fit") == "region" and values.get("data.eval.*.random_flip"):
-        yield "data.eval.*.random_flip", "false with fit: region, which gives whole photos back"
+    if fit in ("region", "tile") and values.get("data.eval.*.random_flip"):
+        yield "data.eval.*.random_flip", f"false with fit: {fit}, which gives whole photos back"
     outputs = [key for key in values if ".paths." in key]
     inputs = ["data.eval.*.gt_path", "data.eval.*.mask_path", "start_from.path"]
     yield from folder_problems(values, outputs, inputs)

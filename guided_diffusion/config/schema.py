@@ -269,7 +269,8 @@ class DatasetConfig:
     gt_path: FilePath = aside()  # folder of images, or one image
     mask_path: FilePath = aside()  # folder of masks, or one mask for all images
     mask_convention: Literal["keep", "fill"] = pixels("keep")  # what white (255) in a mask means
-    fit: Literal["crop", "region"] = pixels("crop")  # the centre square, or all holes
+    # the centre square; or all holes, from squares around them, or from windows over them
+    fit: Literal["crop", "region", "tile"] = pixels("crop")
     batch_size: BatchSize = aside(1)  # auto: as many as fit in the GPU's memory
     offset: CountOrZero = aside(0)  # drop the first pairs
     max_len: Count | None = aside(None)  # keep at most so many pairs

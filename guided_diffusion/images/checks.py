@@ -16,6 +16,7 @@ from guided_diffusion.images.metadata import looks_otherwise
 from guided_diffusion.images.pairs import Pair, PairFiles
 from guided_diffusion.images.regions import cut_keep, find_regions, keep_of
 from guided_diffusion.images.tensors import decode_mask
+from guided_diffusion.images.tiles import find_tiles, is_wide, padded
 
 Size = tuple[int, int]  # width, height
 
@@ -35,6 +36,8 @@ class _Mask:
     kept: float  # share of the picture
     views: int = 1  # with fit: region, one a region
     hole: int = 0  # with fit: region, the longest side of the largest hole
+    windows: int = 0  # with fit: tile, over all holes
+    wide: frozenset[str] = frozenset()  # with fit: tile, keys of _WIDE
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,11 @@ class PairChecks:
         """image_size, known_from: as for `decode_pair`."""
         self.dataset, self.image_size = dataset, image_size
         self.cut = known_from == CUT
-        self.fit_region = dataset.fit == "region"
         self.masks: dict[str, _Mask] = {}  # by path, since one may serve all images
         # The setting that needs masks of the size of their images; "": none.
         self.needs_sizes = "image_size: null" if image_size is None else ""
-        self.needs_sizes = "fit: region" if self.fit_region else self.needs_sizes
+        if dataset.fit != "crop":
+            self.needs_sizes = f"fit: {dataset.fit}"
 
     def inspect(self, files: PairFiles) -> Found | UserError:
         """What is in these files, or why one of them cannot be decoded."""
@@ -124,7 +127,7 @@ class PairChecks:
 
     def _lost(self, image: Decoded) -> Iterator[str]:
         """What results do not keep of an image: keys of _LOST."""
-        profile, is_whole = image.metadata.profile, self.fit_region or self.image_size is None
+        profile, is_whole = image.metadata.profile, bool(self.needs_sizes)
         if profile in ("other", "damaged"):
             yield profile
         if image.is_dark:
@@ -136,8 +139,10 @@ class PairChecks:
 
     def _inspect_mask(self, file: InputFile) -> _Mask:
         mask = decode_mask(file, self.dataset.mask_convention)
-        if self.fit_region:
+        if self.dataset.fit == "region":
             return _inspect_photo_mask(mask, self.image_size)
+        if self.dataset.fit == "tile":
+            return _inspect_tiled_mask(mask, self.image_size)
         return _inspect_mask(mask, self.image_size, self.cut)
 
     def fits(self, found: Found) -> bool:
@@ -151,11 +156,12 @@ class PairChecks:
         That is: images of which results lose something; masks in grey (unless they are cut into
         black and white) or in colour, masks that are dim all over, that keep everything, nothing or
         little, and masks that are not as large as their image; with fit: region, holes that are
-        larger than the network's square, and masks that leave the network nothing to see; without
-        an image_size, pictures that are large.
+        larger than the network's square, and masks that leave the network nothing to see; with
+        fit: tile, holes that are wider than two windows or most of a photo; without an image_size,
+        pictures that are large.
         Raises UserError that names the first file that cannot be read, or that has not the size of
-        its image, where it must: a picture to start from, and, with fit: region or without an
-        image_size, a mask.
+        its image, where it must: a picture to start from, and, with fit: region or tile or without
+        an image_size, a mask.
         """
         errors = list(dict.fromkeys(str(e) for e in found.values() if isinstance(e, UserError)))
         if errors:
@@ -173,8 +179,9 @@ class PairChecks:
         other, means = CONVENTIONS[self.dataset.mask_convention]
         yield from _convention_warnings(masks, means, f"set mask_convention: {other}")
         yield from _unequal_sizes(found, self.needs_sizes)
-        if self.fit_region:
+        if self.dataset.fit == "region":
             yield from _large_holes(found, self.image_size)
+        yield from _wide_holes(found, self.image_size)
         if self.image_size is None:
             yield from _large_pictures(found)
 
@@ -196,6 +203,20 @@ def _inspect_photo_mask(mask: Image.Image, image_size: int) -> _Mask:
     if _is_coloured(mask):
         kind = "coloured"
     return _Mask(mask.size, kind, float(keep.mean()), len(regions), hole)
+
+
+def _inspect_tiled_mask(mask: Image.Image, image_size: int) -> _Mask:
+    keep = keep_of(mask)
+    parts = find_tiles(padded(~keep, image_size), image_size)
+    windows = sum(len(part.windows) for part in parts)
+    wide = set()
+    if is_wide(~keep, 2 * image_size):
+        wide.add("hole")
+    if keep.mean() < 0.5 and is_wide(~keep, image_size // 4):  # other than fine patterns
+        wide.add("photo")
+    kind = "coloured" if _is_coloured(mask) else _kind(np.asarray(mask), keep * np.uint8(255))
+    kept = float(keep.mean())
+    return _Mask(mask.size, kind, kept, len(parts), windows=windows, wide=frozenset(wide))
 
 
 def _is_coloured(mask: Image.Image) -> bool:
@@ -291,6 +312,30 @@ def _large_holes(found: Mapping[Pair, Found], image_size: int) -> Iterator[str]:
             f"({found[large[0]].mask.hole} pixels): what fills them is made smaller and then "
             "enlarged, so that it is less sharp than the photo"
         )
+
+
+_WIDE = {
+    "hole": (
+        "have holes wider than {twice} pixels, twice the window of the network, whose middle knows "
+        "nothing of the photo around"
+    ),
+    "photo": (
+        "are to be filled in for the most part, but windows of {S}x{S} show the network patches, "
+        "not scenes"
+    ),
+}
+
+
+def _wide_holes(found: Mapping[Pair, Found], image_size: int) -> Iterator[str]:
+    """Warnings about holes that are too wide for fit: tile."""
+    for kind, text in _WIDE.items():
+        pairs = [pair for pair, each in found.items() if kind in each.mask.wide]
+        if pairs:
+            yield (
+                f"{len(pairs)} of {len(found)} photos, first {pairs[0].image_path}, "
+                f"{text.format(S=image_size, twice=2 * image_size)}; fit: region, a larger model "
+                "or method: latent serves better"
+            )
 
 
 def _convention_warnings(masks: Mapping[str, _Mask], means: str, cure: str) -> Iterator[str]:

@@ -107,7 +107,7 @@ def _find_units(labels: np.ndarray, image_size: int) -> tuple[np.ndarray, np.nda
     Holes are close if less than about image_size / 4 apart. A group that is far larger than its
     largest hole is left in pieces, for a photo full of dust is not a hole of the photo's size.
     """
-    boxes = _boxes(labels)
+    boxes = hole_boxes(labels)
     group_of = _groups_of_close(labels, image_size // CLOSE)
     groups = _joint(boxes, group_of)
     largest = np.zeros(len(groups), int)
@@ -128,7 +128,8 @@ def _groups_of_close(labels: np.ndarray, margin: int) -> np.ndarray:
     return group_of[1:] - 1
 
 
-def _boxes(labels: np.ndarray) -> np.ndarray:
+def hole_boxes(labels: np.ndarray) -> np.ndarray:
+    """Top, left, bottom and right of each hole, int (holes, 4); labels: see `label_holes`."""
     slices = _ndimage().find_objects(labels)
     return np.array([(rows.start, cols.start, rows.stop, cols.stop) for rows, cols in slices])
 

@@ -1,7 +1,8 @@
 """A pair as the sampler takes it, and the picture that its results become.
 
 With `fit: crop`, the network sees the centre square, as in the original, or, without an image_size,
-the picture as it is; with `fit: region`, a square around each hole of a photo, see `regions`.
+the picture as it is; with `fit: region`, a square around each hole of a photo, see `regions`; with
+`fit: tile`, many windows over the holes of a photo at its own resolution, see `tiles`.
 
 Networks of pixels take masks as they are. Latent diffusion knows only black and white: it fills in
 what is darker than CUT, and all else comes out as the image's own bytes.
@@ -31,15 +32,40 @@ from guided_diffusion.images.regions import (
     paste,
 )
 from guided_diffusion.images.tensors import decode_mask, image_to_tensor, mask_to_tensor, to_bytes
+from guided_diffusion.images.tiles import Tiles, find_tiles, padded
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One square that the network sees of a pair; without an image_size, all of the picture."""
+    """What the network sees of a pair at a time.
+
+    That is a square, or, without an image_size, all of the picture, or a row of pixels in windows.
+    """
 
     image: torch.Tensor  # (3, H, W) float32 in [-1, 1]; H = W = S if there is an image_size S
     keep_mask: torch.Tensor  # (3, H, W) float32 in [0, 1]; 1 = keep, 0 = fill in
     start: torch.Tensor | None = None  # like the image: what to start from; None: pure noise
+    windows: torch.Tensor | None = (
+        None  # (K, S, S) of `Tiles.places`; then H is 1; None: no windows
+    )
+
+    def as_picture(self, x: torch.Tensor) -> torch.Tensor:
+        """What the network makes of the image, (3, H, W), as it is shown to people."""
+        return x
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TiledView(View):
+    """The pixels of a photo that lie in some window, as a row."""
+
+    photo: np.ndarray  # uint8 (H, W, 3)
+    covered: np.ndarray  # bool (H, W)
+
+    def as_picture(self, x: torch.Tensor) -> torch.Tensor:
+        """The photo with these pixels, (3, H, W); x: (3, 1, N)."""
+        picture = image_to_tensor(self.photo)
+        picture[:, torch.from_numpy(self.covered)] = x[:, 0].float().cpu()
+        return picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +128,11 @@ class Photo:
         return find_regions(self.keep, self.image_size)
 
     @property
+    def squares(self) -> list[tuple[int, int, int]]:
+        """Left, top and side of each region."""
+        return [(each.left, each.top, each.side) for each in self.regions]
+
+    @property
     def views(self) -> int:
         """How many there are: one a region, none if nothing is to be filled in."""
         return len(self.regions)
@@ -131,6 +162,52 @@ class Photo:
         return Companions(self.image, self.image * keep, keep * np.uint8(255))
 
 
+@dataclass(frozen=True, eq=False)
+class TiledPhoto(Photo):
+    """A whole photo, of which the network sees windows over its holes."""
+
+    squares = ()
+
+    @cached_property
+    def tiles(self) -> list[Tiles]:
+        """Windows that cover all holes."""
+        return find_tiles(padded(~self.keep, self.image_size), self.image_size)
+
+    @property
+    def views(self) -> int:
+        """How many there are: one, none if nothing is to be filled in, more of a huge photo."""
+        return len(self.tiles)
+
+    @property
+    def whole(self) -> View:
+        """The photo as it is."""
+        keep_mask = torch.from_numpy(self.keep).float().expand(3, -1, -1)
+        start = None if self.start is None else image_to_tensor(self.start)
+        return View(image_to_tensor(self.image), keep_mask, start)
+
+    def view(self, number: int) -> TiledView:
+        """The pixels of a part's windows."""
+        tiles = self.tiles[number]
+        photo, keep = (padded(each, self.image_size) for each in (self.image, self.keep))
+        start = None if self.start is None else padded(self.start, self.image_size)
+        return TiledView(
+            image_to_tensor(photo[tiles.covered][None]),
+            torch.from_numpy(keep[tiles.covered][None]).float().expand(3, -1, -1),
+            None if start is None else image_to_tensor(start[tiles.covered][None]),
+            torch.from_numpy(tiles.places),
+            photo=photo,
+            covered=tiles.covered,
+        )
+
+    def finish(self, results: Sequence[np.ndarray]) -> np.ndarray:
+        """The photo with its holes filled in. results: of each view, uint8 (1, N, 3)."""
+        filled = padded(self.image, self.image_size).copy()
+        for tiles, result in zip(self.tiles, results, strict=True):
+            filled[tiles.hole] = result[0, tiles.hole[tiles.covered]]
+        height, width = self.keep.shape
+        return filled[:height, :width]
+
+
 Picture = Crop | Photo
 
 
@@ -151,9 +228,12 @@ def decode_pair(
     """
     photo, mask = files.image.decoded(), decode_mask(files.mask, dataset.mask_convention)
     start, kept = files.start and files.start.rgb(), photo.kept
-    if dataset.fit == "region":
-        start = start and np.asarray(start)
-        return Photo(np.asarray(photo.rgb), keep_of(mask), image_size, start, kept)
+    if dataset.fit != "crop":
+        kind, start = (
+            {"region": Photo, "tile": TiledPhoto}[dataset.fit],
+            start and np.asarray(start),
+        )
+        return kind(np.asarray(photo.rgb), keep_of(mask), image_size, start, kept)
     pictures = [photo.rgb, mask, *([start] if start else [])]
     prepared = [resize_and_crop(picture, image_size) for picture in pictures]
     image, mask, *starts = map(np.fliplr, prepared) if flip else prepared

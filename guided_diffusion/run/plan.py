@@ -40,6 +40,7 @@ class Task:
     is_first_sample: bool  # of its image
     size: tuple[int, int] | None = None  # height and width; None: the square of image_size
     views: int = 1  # of the picture: with fit: region, one a region
+    windows: int = 0  # over the picture's holes, with fit: tile; of a finished one unknown: 0
 
     @property
     def film_names(self) -> list[str]:
@@ -136,6 +137,7 @@ class Plan:
             f"batch size {self.batch_size}{' (auto)' * measured}",
             f"{counted(self.evaluations, 'network evaluation')} per "
             f"{self.view_noun}, {self.total_evaluations:,} in all{self._regions()}",
+            *self._windows(),
             *([describe_levels(self.config)] if self.config.langevin else []),
             *([f"starts from {self.start}, not from pure noise"] if self.start else []),
             f"seed {seed} (to repeat this run: --set seed={seed})",
@@ -154,6 +156,14 @@ class Plan:
         if self.dataset.fit != "region":
             return ""
         return f" for {counted(self.views, 'region')}"
+
+    def _windows(self) -> Iterator[str]:
+        windows, side = sum(task.windows for task in self.tasks), self.config.image_size
+        if windows:
+            yield (
+                f"{counted(windows, 'window')} of {side}x{side} over the holes, in each evaluation "
+                f"of its image: {windows * self.evaluations:,} windows to compute"
+            )
 
     @property
     def view_noun(self) -> str:
@@ -250,8 +260,8 @@ def make_plan(
     if not dataset.deterministic:
         random.Random(config.seed).shuffle(pairs)
     size = dataset.batch_size
-    if size == "auto" and recipe.device.type != "cuda":
-        size = 1  # elsewhere, larger batches are hardly faster
+    if dataset.fit == "tile" or (size == "auto" and recipe.device.type != "cuda"):
+        size = 1  # windows are a batch; or larger batches are hardly faster
     earlier = _Earlier(existing(dataset.inpainted_dir), history, recipe, overwrite)
     tasks = _look_through(pairs, config, earlier)
     if dataset.drop_last:
@@ -296,7 +306,9 @@ def _look_through(pairs: Sequence[Pair], config: Config, earlier: _Earlier) -> l
     looked = for_each_pair(pairs, look)
     checks.report({pair: found for pair, (_, found) in looked.items() if found})
     return [
-        replace(task, views=found.mask.views if found else earlier.history.results[task.name].views)
+        replace(task, views=found.mask.views, windows=found.mask.windows)
+        if found
+        else replace(task, views=earlier.history.results[task.name].views)
         for tasks, found in looked.values()
         for task in tasks
     ]

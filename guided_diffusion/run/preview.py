@@ -15,7 +15,7 @@ from guided_diffusion.images.checks import Found, PairChecks
 from guided_diffusion.images.files import encode_png, picture_grid
 from guided_diffusion.images.pairs import Pair, PairFiles, find_pairs, for_each_pair
 from guided_diffusion.images.tensors import decode_mask, image_to_tensor, to_bytes
-from guided_diffusion.images.views import Photo, View, black_and_white, decode_pair
+from guided_diffusion.images.views import Photo, TiledPhoto, View, black_and_white, decode_pair
 from guided_diffusion.machine import storage
 
 MOST = 100  # pairs in one picture
@@ -68,10 +68,13 @@ def _draw_pair(name: str, files: PairFiles, config: Config) -> Image.Image:
         mask = Image.fromarray(black_and_white(mask))
     squares = []
     if isinstance(picture, Photo):
-        squares = [(each.left, each.top, each.side) for each in picture.regions]
+        squares = picture.squares
     elif image.size != mask.size:  # each is cropped on its own, and so they meet
         image, mask = Image.fromarray(picture.image), Image.fromarray(picture.mask)
-    seen = [_seen(picture.view(number)) for number in range(picture.views)] or [np.asarray(image)]
+    views = [picture.view(number) for number in range(picture.views)]
+    if isinstance(picture, TiledPhoto):
+        views = [picture.whole]
+    seen = [_seen(view) for view in views] or [np.asarray(image)]
     cells = [image, _overlaid(image, mask, squares), Image.fromarray(_tiled(seen))]
     row = Image.new("RGB", (3 * CELL + 2 * GAP, CELL + TEXT), "white")
     for column, cell in enumerate(cells):

@@ -161,8 +161,10 @@ class Worker:
             self.report.skip(self.inpainter.evaluations_before(resume))
         views = [each.view for each in batch.views]
         starts = [view.start for view in views]  # of all, or of none
+        windows = views[0].windows  # of the only view, or none
         try:
-            x = self.inpainter.sample(
+            inpainter = self.inpainter if windows is None else self.inpainter.over_windows(windows)
+            x = inpainter.sample(
                 torch.stack([view.image for view in views]),
                 torch.stack([view.keep_mask for view in views]),
                 [each.stream for each in batch.views],
@@ -225,7 +227,11 @@ class Worker:
         if self.film and self.film.is_due(evaluation.position):
             names = [each.film_name for each in views]
             x_t, x0 = (
-                self.inpainter.as_pictures(x, size) for x in (evaluation.x_t, evaluation.pred_x0)
+                torch.stack([view.view.as_picture(x) for view, x in zip(views, seen, strict=True)])
+                for seen in (
+                    self.inpainter.as_pictures(x, size)
+                    for x in (evaluation.x_t, evaluation.pred_x0)
+                )
             )
             with writing(self.film.folder):
                 self.film.write(names, evaluation.position, x_t, x0)
