@@ -22,7 +22,6 @@ from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
 from guided_diffusion.latent import LatentInpainter, latent_process
 from guided_diffusion.machine.ranks import ALONE, World
 from guided_diffusion.networks.autoencoder import Autoencoder
-from guided_diffusion.networks.params import NUM_CLASSES
 from guided_diffusion.networks.unet import Classifier, UNet
 from guided_diffusion.respace import Process, respaced_process
 from guided_diffusion.scheduler import ddim_times, times_of
@@ -103,7 +102,7 @@ class PixelModel:
         config, network, classifier = self.config, self.config.network, self.config.classifier
         blanks = {"denoiser": Blank(UNet(network.params), config.model_path)}
         if classifier:
-            params = classifier.params(network.image_size)
+            params = classifier.params(network.image_size, network.in_channels, network.num_classes)
             blanks["classifier"] = Blank(Classifier(params), classifier.path)
         return blanks
 
@@ -137,7 +136,8 @@ class PixelModel:
             process.diffusion,
             times,
             config.network.image_size,
-            num_classes=NUM_CLASSES,
+            num_classes=config.network.num_classes,
+            channels=config.network.in_channels,
             cond_y=config.cond_y,
             merge_known=config.merge_known,
             time_shift=config.time_shift,

@@ -12,7 +12,14 @@ from PIL import Image, ImageOps
 from guided_diffusion.denoiser import Denoiser, FiniteCheck
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.images.files import prepare
-from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, paste_known, to_bytes
+from guided_diffusion.images.tensors import (
+    as_grey,
+    image_to_tensor,
+    luma,
+    mask_to_tensor,
+    paste_known,
+    to_bytes,
+)
 from guided_diffusion.repaint import repaint
 from guided_diffusion.scheduler import count_evaluations
 from guided_diffusion.streams import (
@@ -38,6 +45,7 @@ class Inpainter(ABC):
     diffusion: GaussianDiffusion
     times: Sequence[int]  # see `scheduler`
     image_size: int | None  # None: pictures are taken as they are
+    channels: int = 3  # of what the network sees; 1: pictures lose their colours
     paste_known: bool  # known pixels come out exactly as they went in
     start_from: Start  # if not noise, times begin where the picture is noised to
 
@@ -161,6 +169,8 @@ class Inpainter(ABC):
             _check_start_tensor(picture, images)
             picture = picture.float()
         gt, keep_mask = images.float(), self.prepare_mask(keep_masks.float())
+        if self.channels == 1:
+            gt = luma(gt).expand_as(gt)
         x = self._sample(gt, keep_mask, seed, progress, picture)
         return torch.where(keep_mask.cpu() == 1, gt.cpu(), x) if self.paste_known else x
 
@@ -179,6 +189,8 @@ class Inpainter(ABC):
             prepared = [prepare(start, self.image_size) for start in starts]
             picture = torch.stack([image_to_tensor(start) for start in prepared])
         originals = [prepare(image, self.image_size) for image in images]
+        if self.channels == 1:
+            originals = [as_grey(original) for original in originals]
         masks = [mask_to_tensor(prepare(m, self.image_size)) for m in keep_masks]
         _check_sizes(originals, masks)
         masks = self.prepare_mask(torch.stack(masks))
@@ -215,6 +227,7 @@ class PixelInpainter(Inpainter):
         image_size: int,
         *,
         num_classes: int = 1000,
+        channels: int = 3,
         cond_y: int | None = None,
         merge_known: bool = True,
         time_shift: int = 1,
@@ -222,14 +235,16 @@ class PixelInpainter(Inpainter):
         start_from: Start = "noise",
     ):
         """times: the walk, see `scheduler`. cond_y: the class of all images; None: one drawn for
-        each of num_classes. merge_known: False samples freely, whatever the image. time_shift: see
-        `repaint`. paste_known: known pixels come out exactly, where the inpainter is called.
+        each of num_classes. channels: see `Inpainter`. merge_known: False samples freely, whatever
+        the image. time_shift: see `repaint`. paste_known: known pixels come out exactly, where the
+        inpainter is called.
         """
         self.denoiser = denoiser
         self.diffusion = diffusion
         self.times = times
         self.image_size = image_size
         self.num_classes = num_classes
+        self.channels = channels
         self.cond_y = cond_y
         self.merge_known = merge_known
         self.time_shift = time_shift
@@ -249,10 +264,12 @@ class PixelInpainter(Inpainter):
         """See `Inpainter.sample`."""
         streams = Streams(seeds, self.diffusion.device)
         y = self._classes(streams)
-        known = Known(*(self._on_device(each) for each in (gt, keep_mask.expand_as(gt))))
+        known = Known(*self._seen(gt, keep_mask))
         x, position = begin(streams, known.pixels, resume)
         if start_picture is not None and resume is None:
-            x = self.diffusion.q_sample(self._on_device(start_picture), self.times[0], x)
+            x = self.diffusion.q_sample(
+                self._on_device(self._in_channels(start_picture)), self.times[0], x
+            )
         denoise = FiniteCheck(lambda x_t, t: self.denoiser(x_t, t, y))
         x = repaint(
             denoise,
@@ -267,7 +284,20 @@ class PixelInpainter(Inpainter):
             after_evaluation=after_evaluation,
         )
         denoise.finish()
-        return x.cpu()
+        return self.as_pictures(x, x.shape[2:]).cpu()
+
+    def as_pictures(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """See `Inpainter.as_pictures`."""
+        return x.expand(-1, 3, -1, -1)
+
+    def _seen(self, gt: torch.Tensor, keep_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network sees of a batch: (B, C, S, S) each, on its device."""
+        keep_mask = keep_mask.expand_as(gt)[:, : self.channels]
+        return self._on_device(self._in_channels(gt)), self._on_device(keep_mask)
+
+    def _in_channels(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) -> (B, C, S, S)."""
+        return luma(pictures) if self.channels == 1 else pictures
 
     def _classes(self, streams: Streams) -> torch.Tensor:
         """(B,); drawn for unconditional networks too, as the original does."""

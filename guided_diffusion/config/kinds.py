@@ -136,7 +136,7 @@ Positive = Annotated[float, _number(float, "a number > 0", lambda x: 0 < x < mat
 NotNegative = Annotated[float, _number(float, "a number >= 0", lambda x: 0 <= x < math.inf)]
 Blocks = Annotated[int, whole(1, 100)]
 Side = Annotated[int, whole(1, 2**14)]
-Label = Annotated[int, whole(0, 999)]
+Label = Annotated[int, _number(int, "a whole number >= 0", lambda n: abs(n) <= _END)]  # or less
 Shift = Annotated[int, whole(-(10**6), 10**6)]
 # Streams take seed + image + sample * 2**32, which has to stay below the end.
 Seed = Annotated[int, _number(int, "a whole number >= 0 and < 2**62", lambda n: 0 <= n < 2**62)]
@@ -153,6 +153,7 @@ WholeMultiples = Annotated[
     _numbers(int, "whole numbers from 1 to 999, such as '1,2,4'", lambda n: 1 <= n < 1000),
 ]
 DDIMSteps = Annotated[int, whole(1, 1000)]
+Channels = Annotated[int, _number(int, "3 (colours) or 1 (grey)", lambda n: n in (1, 3))]
 Colours = Annotated[int, _number(int, "3 (red, green and blue)", lambda n: n == 3)]
 OnlyFalse = Annotated[bool, only_false("KL autoencoders are not supported")]
 OnlyNone = Annotated[

@@ -130,6 +130,7 @@ def decode_pair(
     *,
     flip: bool = False,
     known_from: int | None = None,
+    grey: bool = False,
 ) -> Picture:
     """A pair of its files. Raises UserError that names a bad one.
 
@@ -137,9 +138,12 @@ def decode_pair(
     they are, and the mask must be as large as the image. flip: a crop is mirrored left to right.
     known_from: of a crop, the level of the prepared mask from which pixels come out as they are;
     CUT: the mask is cut there. A photo's mask is always cut, and its known pixels never change.
+    grey: images lose their colours.
     """
     image, mask = files.image.rgb(), decode_mask(files.mask, dataset.mask_convention)
     starts = [files.start.rgb()] if files.start else []
+    if grey:
+        image, *starts = (picture.convert("L").convert("RGB") for picture in (image, *starts))
     if dataset.fit == "region":
         return Photo(np.asarray(image), keep_of(mask), image_size, *map(np.asarray, starts))
     prepared = [resize_and_crop(picture, image_size) for picture in (image, mask, *starts)]

@@ -294,7 +294,12 @@ def load(task: Task, plan: Plan) -> Picture:
     """Raises UserError if a file cannot be read, or is not the one that the plan is for."""
     files, origin, config = read_pair(task.pair), task.origin, plan.config
     picture = decode_pair(
-        files, plan.dataset, config.image_size, flip=origin.flip, known_from=config.known_from
+        files,
+        plan.dataset,
+        config.image_size,
+        flip=origin.flip,
+        known_from=config.known_from,
+        grey=config.grey,
     )
     digests = origin.image, origin.mask, origin.start
     for file, digest in zip((files.image, files.mask, files.start), digests, strict=True):
