@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 
+from guided_diffusion.checkpoints.doubts import Doubts
 from guided_diffusion.checkpoints.loading import (
     LATENT_AUTOENCODER,
     LATENT_UNET,
@@ -55,8 +56,11 @@ def build_inpainter(
     times: what the sampler walks, see `build_times`. device: see `pick_device`. speed: see
     `choose_speed`.
     """
-    networks = load_networks(config, device, speed)
-    return model_of(config).inpainter(networks, build_process(config, device), times)
+    model, checkpoints = model_of(config), check_checkpoints(config)
+    networks = model.load(checkpoints, device, speed)
+    inpainter = model.inpainter(networks, model.process(device), times)
+    inpainter.network_doubts = model.doubts(checkpoints["denoiser"].network, device)
+    return inpainter
 
 
 # ---- Networks --------------------------------------------------------------------------------
@@ -127,6 +131,12 @@ class PixelModel:
     def process(self, device: torch.device | str) -> Process:
         return pixel_process(self.config.diffusion, self.config.source, device)
 
+    def doubts(self, network: UNet, device: torch.device) -> Doubts:
+        """network: the filled denoiser itself, neither compiled nor captured."""
+        diffusion = replace(self.config.diffusion, timestep_respacing="")
+        all_steps = pixel_process(diffusion, self.config.source, device)
+        return Doubts(network, all_steps, self.config.network, diffusion)
+
     def inpainter(
         self, networks: Networks, process: Process, times: Sequence[int]
     ) -> PixelInpainter:
@@ -192,6 +202,9 @@ class LatentModel:
     def process(self, device: torch.device | str) -> Process:
         steps, _ = ddim_times(self.latent.ddim_steps)
         return latent_process(steps, device)
+
+    def doubts(self, network: UNet, device: torch.device) -> None:
+        """There are none, because all networks of this kind have the same settings."""
 
     def inpainter(
         self, networks: Networks, process: Process, times: Sequence[int]

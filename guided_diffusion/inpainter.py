@@ -47,6 +47,7 @@ class Inpainter(ABC):
     image_size: int | None  # None: pictures are taken as they are
     channels: int = 3  # of what the network sees; 1: pictures lose their colours
     paste_known: bool  # known pixels come out exactly as they went in
+    network_doubts: Callable[[torch.Tensor, torch.Tensor], str | None] | None = None  # see `doubts`
     start_from: Start  # if not noise, times begin where the picture is noised to
 
     @abstractmethod
@@ -77,6 +78,13 @@ class Inpainter(ABC):
         size: (H, W) of the batch.
         """
         return x
+
+    def doubts(self, gt: torch.Tensor, keep_mask: torch.Tensor) -> str | None:
+        """Why the network is likely used with wrong settings; None: it is not.
+
+        gt, keep_mask: (3, H, W), of one picture.
+        """
+        return None
 
     def first_step(self) -> "Inpainter":
         """This inpainter with a walk of one evaluation, which needs as much memory as all."""
@@ -289,6 +297,13 @@ class PixelInpainter(Inpainter):
     def as_pictures(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """See `Inpainter.as_pictures`."""
         return x.expand(-1, 3, -1, -1)
+
+    def doubts(self, gt: torch.Tensor, keep_mask: torch.Tensor) -> str | None:
+        """See `Inpainter.doubts`."""
+        if self.network_doubts is None:
+            return None
+        (picture,), (mask,) = self._seen(gt[None], keep_mask[None])
+        return self.network_doubts(picture, mask)
 
     def _seen(self, gt: torch.Tensor, keep_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network sees of a batch: (B, C, S, S) each, on its device."""
