@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     add("--overwrite", action="store_true", help="make all results again, the finished ones too")
     add("--dry-run", action="store_true", help="check everything and print the plan, no more")
+    add("--check-weights", action="store_true", help="as --dry-run, but also try the network")
     add("--preview", metavar="OUT.png", help="draw the inputs, as the network will see them")
     return parser.parse_args()
 
@@ -62,12 +63,16 @@ def run(config: Config, world: World, arguments: argparse.Namespace) -> None:
     speed = factory.choose_speed(config, device)
     recipe, team = Recipe(config, device, speed), join(world)
     times = team.share("times", partial(factory.build_times, config))
-    job = make_job(config, times, recipe, team, arguments.overwrite, arguments.dry_run)
-    if arguments.dry_run:
+    dry_run = arguments.dry_run or arguments.check_weights
+    job = make_job(config, times, recipe, team, arguments.overwrite, dry_run)
+    load_inpainter = partial(factory.build_inpainter, times=times, device=device, speed=speed)
+    if arguments.check_weights:
+        runner.warn_of_doubts(job.plan, load_inpainter(config))
+    if dry_run:
         factory.check_checkpoints(config)
         in_order = "everything is in order; nothing was sampled or written (--dry-run)"
         return world.say(f"{job.describe()}\n{in_order}")
-    runner.run(job, partial(factory.build_inpainter, times=times, device=device, speed=speed))
+    runner.run(job, load_inpainter)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from guided_diffusion.checkpoints.doubts import Doubts
 from guided_diffusion.checkpoints.loading import (
     LATENT_AUTOENCODER,
     LATENT_UNET,
@@ -21,7 +22,6 @@ from guided_diffusion.denoiser import Denoiser, Network, ddim, guided, guided_x0
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
 from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
 from guided_diffusion.machine.ranks import ALONE, World
-from guided_diffusion.networks.params import NUM_CLASSES
 from guided_diffusion.networks.unet import Classifier, UNet
 from guided_diffusion.respace import Process, respaced_process
 from guided_diffusion.scheduler import ddim_times, levels_of, times_of
@@ -61,8 +61,11 @@ def build_inpainter(
     times: what the sampler walks, see `build_times`. device: see `pick_device`. speed: see
     `choose_speed`.
     """
-    networks = load_networks(config, device, speed)
-    return model_of(config).inpainter(networks, build_process(config, device), times)
+    model, checkpoints = model_of(config), check_checkpoints(config)
+    networks = model.load(checkpoints, device, speed)
+    inpainter = model.inpainter(networks, model.process(device), times)
+    inpainter.network_doubts = model.doubts(checkpoints["denoiser"].network, device)
+    return inpainter
 
 
 # ---- Networks --------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ class PixelModel:
         config, network, classifier = self.config, self.config.network, self.config.classifier
         blanks = {"denoiser": Blank(UNet(network.params), config.model_path)}
         if classifier:
-            params = classifier.params(network.image_size)
+            params = classifier.params(network.image_size, network.in_channels, network.num_classes)
             blanks["classifier"] = Blank(Classifier(params), classifier.path)
         return blanks
 
@@ -133,6 +136,12 @@ class PixelModel:
     def process(self, device: torch.device | str) -> Process:
         return pixel_process(self.config.diffusion, self.config.source, device)
 
+    def doubts(self, network: UNet, device: torch.device) -> Doubts:
+        """network: the filled denoiser itself, neither compiled nor captured."""
+        diffusion = replace(self.config.diffusion, timestep_respacing="")
+        all_steps = pixel_process(diffusion, self.config.source, device)
+        return Doubts(network, all_steps, self.config.network, diffusion)
+
     def inpainter(
         self, networks: Networks, process: Process, times: Sequence[int]
     ) -> PixelInpainter:
@@ -142,7 +151,8 @@ class PixelModel:
             process.diffusion,
             times,
             config.network.image_size,
-            num_classes=NUM_CLASSES,
+            num_classes=config.network.num_classes,
+            channels=config.network.in_channels,
             cond_y=config.cond_y,
             merge_known=config.merge_known,
             time_shift=config.time_shift,
@@ -180,7 +190,8 @@ class QuickModel(PixelModel):
             levels_of(config),
             config.network.image_size,
             config.langevin.attraction,
-            num_classes=NUM_CLASSES,
+            num_classes=config.network.num_classes,
+            channels=config.network.in_channels,
             cond_y=config.cond_y,
             merge_known=config.merge_known,
             start_from=_kind_of_start(config.start_from),
@@ -223,6 +234,9 @@ class LatentModel:
 
         steps, _ = ddim_times(self.latent.ddim_steps)
         return latent_process(steps, device)
+
+    def doubts(self, network: UNet, device: torch.device) -> None:
+        """There are none, because all networks of this kind have the same settings."""
 
     def inpainter(
         self, networks: Networks, process: Process, times: Sequence[int]

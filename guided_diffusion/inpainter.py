@@ -17,7 +17,14 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.images.checks import warn_of_given
 from guided_diffusion.images.files import prepare, put_upright, resize_and_crop, to_rgb
 from guided_diffusion.images.metadata import Metadata
-from guided_diffusion.images.tensors import image_to_tensor, mask_to_tensor, paste_known, to_bytes
+from guided_diffusion.images.tensors import (
+    as_grey,
+    image_to_tensor,
+    luma,
+    mask_to_tensor,
+    paste_known,
+    to_bytes,
+)
 from guided_diffusion.repaint import Denoise, repaint
 from guided_diffusion.scheduler import count_evaluations
 from guided_diffusion.streams import (
@@ -43,7 +50,9 @@ class Inpainter(ABC):
     diffusion: GaussianDiffusion
     times: Sequence[int]  # see `scheduler`
     image_size: int | None  # None: pictures are taken as they are
+    channels: int = 3  # of what the network sees; 1: pictures lose their colours
     paste_known: bool  # known pixels come out exactly as they went in
+    network_doubts: Callable[[torch.Tensor, torch.Tensor], str | None] | None = None  # see `doubts`
     start_from: Start  # if not noise, times begin where the picture is noised to
 
     @abstractmethod
@@ -80,6 +89,13 @@ class Inpainter(ABC):
         """How noisy x_t is at each time, in words."""
         noise = (1 - self.diffusion.alphas_cumprod) ** 0.5
         return [f"noise {100 * level:.0f} %" for level in noise]
+
+    def doubts(self, gt: torch.Tensor, keep_mask: torch.Tensor) -> str | None:
+        """Why the network is likely used with wrong settings; None: it is not.
+
+        gt, keep_mask: (3, H, W), of one picture.
+        """
+        return None
 
     def first_step(self) -> "Inpainter":
         """This inpainter with a walk of one evaluation, which needs as much memory as all."""
@@ -159,6 +175,8 @@ class Inpainter(ABC):
             _check_start_tensor(picture, images)
             picture = picture.float()
         gt, keep_mask = images.float(), self.prepare_mask(keep_masks.float())
+        if self.channels == 1:
+            gt = luma(gt).expand_as(gt)
         sizes = [(gt.shape[3], gt.shape[2])] * len(gt)
         warn_of_given(sizes, sizes, _mask_bytes(keep_masks), _mask_bytes(keep_mask))
         x = self._sample(gt, keep_mask, seed, progress, picture)
@@ -180,6 +198,8 @@ class Inpainter(ABC):
             picture = torch.stack([image_to_tensor(start) for start in prepared])
         images, keep_masks = [*map(to_rgb, images)], [*map(to_rgb, keep_masks)]
         originals = [resize_and_crop(image, self.image_size) for image in images]
+        if self.channels == 1:
+            originals = [as_grey(original) for original in originals]
         values = [resize_and_crop(mask, self.image_size) for mask in keep_masks]
         masks = [*map(mask_to_tensor, values)]
         _check_sizes(originals, masks)
@@ -224,6 +244,7 @@ class PixelInpainter(Inpainter):
         image_size: int,
         *,
         num_classes: int = 1000,
+        channels: int = 3,
         cond_y: int | None = None,
         merge_known: bool = True,
         time_shift: int = 1,
@@ -231,14 +252,16 @@ class PixelInpainter(Inpainter):
         start_from: Start = "noise",
     ):
         """times: the walk, see `scheduler`. cond_y: the class of all images; None: one drawn for
-        each of num_classes. merge_known: False samples freely, whatever the image. time_shift: see
-        `repaint`. paste_known: known pixels come out exactly, where the inpainter is called.
+        each of num_classes. channels: see `Inpainter`. merge_known: False samples freely, whatever
+        the image. time_shift: see `repaint`. paste_known: known pixels come out exactly, where the
+        inpainter is called.
         """
         self.denoiser = denoiser
         self.diffusion = diffusion
         self.times = times
         self.image_size = image_size
         self.num_classes = num_classes
+        self.channels = channels
         self.cond_y = cond_y
         self.merge_known = merge_known
         self.time_shift = time_shift
@@ -264,13 +287,13 @@ class PixelInpainter(Inpainter):
         """See `Inpainter.sample`."""
         streams = Streams(seeds, self.diffusion.device)
         y = self._classes(streams)
-        known = Known(*(self._on_device(each) for each in (gt, keep_mask.expand_as(gt))))
+        known = Known(*self._seen(gt, keep_mask))
         if start_picture is not None:
-            start_picture = self._on_device(start_picture)
+            start_picture = self._on_device(self._in_channels(start_picture))
         denoise = FiniteCheck(lambda x_t, t: self.denoiser(x_t, t, y))
         x = self._draw(denoise, known, streams, start_picture, resume, after_evaluation)
         denoise.finish()
-        return x.cpu()
+        return self.as_pictures(x, x.shape[2:]).cpu()
 
     def _draw(
         self,
@@ -297,6 +320,26 @@ class PixelInpainter(Inpainter):
             position=position,
             after_evaluation=after_evaluation,
         )
+
+    def as_pictures(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """See `Inpainter.as_pictures`."""
+        return x.expand(-1, 3, -1, -1)
+
+    def doubts(self, gt: torch.Tensor, keep_mask: torch.Tensor) -> str | None:
+        """See `Inpainter.doubts`."""
+        if self.network_doubts is None:
+            return None
+        (picture,), (mask,) = self._seen(gt[None], keep_mask[None])
+        return self.network_doubts(picture, mask)
+
+    def _seen(self, gt: torch.Tensor, keep_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network sees of a batch: (B, C, S, S) each, on its device."""
+        keep_mask = keep_mask.expand_as(gt)[:, : self.channels]
+        return self._on_device(self._in_channels(gt)), self._on_device(keep_mask)
+
+    def _in_channels(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) -> (B, C, S, S)."""
+        return luma(pictures) if self.channels == 1 else pictures
 
     def _classes(self, streams: Streams) -> torch.Tensor:
         """(B,); drawn for unconditional networks too, as the original does."""

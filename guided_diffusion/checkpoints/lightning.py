@@ -15,8 +15,9 @@ import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
@@ -58,10 +59,25 @@ class StoredTensor:
         return self.dtype.itemsize * (1 + sum((side - 1) * step for side, step in steps))
 
 
+Contents = dict[str, Any]  # by name: StoredTensor, Contents or None
+MOST_MAPS = 1000  # in one another, in a file, that are looked at
+
+
 def read_state_dict(path: str) -> dict[str, StoredTensor | None]:
     """What a file holds under `state_dict`, or as a whole if it has no such entry, by name.
 
-    None: something else than a tensor of floating-point numbers. Raises OSError, ForeignError, and
+    None: something else than a tensor of floating-point numbers. Raises as `read_contents`.
+    """
+    contents = read_contents(path)
+    tensors = contents.get("state_dict", contents)
+    items = tensors.items() if isinstance(tensors, dict) else ()
+    return {name: each if isinstance(each, StoredTensor) else None for name, each in items}
+
+
+def read_contents(path: str, depth: int = 2) -> Contents:
+    """What a file holds by name: tensors of floating-point numbers, maps of such, None for others.
+
+    depth: of the maps in one another, below which all is None. Raises OSError, ForeignError, and
     errors of many types if the file is damaged.
     """
     with open(path, "rb") as file:
@@ -74,9 +90,10 @@ def read_state_dict(path: str) -> dict[str, StoredTensor | None]:
             _check_stored(archive)
             folder = pickled.removesuffix(PICKLE)
             _check_byte_order(archive, f"{folder}byteorder", file)
-            contents = _items(follow(_read_record(archive, pickled, file)))
-            tensors = _items(contents.get("state_dict", contents))
-            return {name: _locate(each, archive, folder, file) for name, each in tensors.items()}
+            locate = partial(_locate, archive=archive, folder=folder, file=file)
+            return _located(
+                follow(_read_record(archive, pickled, file)), locate, depth, iter(range(MOST_MAPS))
+            )
 
 
 def check_stored(path: str) -> None:
@@ -89,11 +106,10 @@ def check_stored(path: str) -> None:
         _check_stored(archive)
 
 
-def map_tensors(path: str, tensors: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+def map_tensors(path: str, tensors: Contents) -> dict[str, Any]:
     """Tensors of a file, mapped into memory: only what is looked at is read. Raises OSError."""
     size = os.path.getsize(path)
-    contents = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
-    return {name: _view(contents, tensor) for name, tensor in tensors.items()}
+    return _views(torch.from_file(path, shared=False, size=size, dtype=torch.uint8), tensors)
 
 
 # ---- The pickle ------------------------------------------------------------------------------
@@ -195,6 +211,19 @@ def _result(opcode: str, value: Any, taken: list[Any]) -> Any:
 def _by_name(items: list[Any]) -> dict[str, Any]:
     pairs = zip(items[::2], items[1::2], strict=True)
     return {key: value for key, value in pairs if isinstance(key, str)}
+
+
+def _located(
+    target: Any, locate: Callable[[Any], StoredTensor | None], depth: int, left: Iterator[int]
+) -> Contents:
+    """The items of a map in their places; left: as many as maps may still be looked at."""
+    if next(left, None) is None:
+        return {}
+    contents = {}
+    for name, each in _items(target).items():
+        inner = _items(each) and depth > 1 and _located(each, locate, depth - 1, left)
+        contents[name] = locate(each) or inner or None
+    return contents
 
 
 def _items(target: Any) -> dict[str, Any]:
@@ -300,6 +329,13 @@ def _record(archive: zipfile.ZipFile, name: str, file: BinaryIO) -> tuple[int, i
     if not header.startswith(b"PK\3\4") or start + size > os.fstat(file.fileno()).st_size:
         raise ValueError(f"its record {shown(name)} is damaged")
     return start, size
+
+
+def _views(data: torch.Tensor, contents: Any) -> Any:
+    """The tensors in these bytes, in the same maps."""
+    if isinstance(contents, StoredTensor):
+        return _view(data, contents)
+    return contents and {name: _views(data, each) for name, each in contents.items()}
 
 
 def _view(contents: torch.Tensor, tensor: StoredTensor) -> torch.Tensor:

@@ -15,7 +15,18 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from guided_diffusion.checkpoints import lightning
+from guided_diffusion.checkpoints import lightning, safetensors
+from guided_diffusion.checkpoints.contents import (
+    LATENT,
+    MAPS,
+    TEXT_GUIDED,
+    Inside,
+    best_of,
+    describe,
+    kind_of,
+    networks_in,
+    weights_at,
+)
 from guided_diffusion.checkpoints.lightning import ForeignError, StoredTensor, shown
 from guided_diffusion.checkpoints.mismatch import (
     TIME_EMBED,
@@ -25,6 +36,7 @@ from guided_diffusion.checkpoints.mismatch import (
     explain_autoencoder,
     explain_latent_unet,
     explain_pixel_network,
+    is_denoiser,
 )
 from guided_diffusion.config import UserError
 from guided_diffusion.machine import memory, storage
@@ -69,6 +81,11 @@ class Checkpoint:
     blank: Blank
     open_weights: Callable[[], Weights]
 
+    @property
+    def network(self) -> nn.Module:
+        """Blank, until `load_weights` has filled it."""
+        return self.blank.network
+
 
 LATENT_UNET = Part("model.diffusion_model.", explain_latent_unet, "model_ema.diffusion_model")
 LATENT_AUTOENCODER = Part("first_stage_model.", explain_autoencoder)
@@ -89,7 +106,7 @@ def check_weights(*blanks: Blank) -> list[Checkpoint]:
     Raises UserError, as `load_state_dict` and if anything differs; warns, once, if a part should
     have a moving average and has none (of the processes of a run, that of rank 0 does).
     """
-    read_parts = cache(partial(_load, read=lightning.read_state_dict, anew=_WHOLE_MODEL))
+    read_parts = cache(partial(_load, read=_read_stored, anew=_WHOLE_MODEL))
     return [Checkpoint(blank, _matching_weights(blank, read_parts)) for blank in blanks]
 
 
@@ -100,7 +117,7 @@ def load_weights(checkpoint: Checkpoint, place: Place = place_copies) -> nn.Modu
     them, because the file is mapped and left again piece by piece, so that all weights are in
     memory once. Raises UserError if the file cannot be read any more.
     """
-    network = checkpoint.blank.network
+    network = checkpoint.network
     for names in _pieces(network):
         # Anew each time: what was read of a mapping counts as used until it closes.
         weights = checkpoint.open_weights()
@@ -161,7 +178,8 @@ def _too_large(path: str) -> UserError:
 def load_state_dict(path: str) -> dict[str, Any]:
     """The contents of a `.pt` file, on the CPU; nothing in it is ever executed.
 
-    Raises UserError if the file is missing, damaged, or holds more than plain data and tensors.
+    Raises UserError if the file is missing, damaged, or holds more than plain data and tensors,
+    unless these are beside a network, whose file then counts without them.
     """
     _refuse_devices(path)
     return _load(path, path)
@@ -177,10 +195,44 @@ def _read(path: str) -> Any:
     if storage.is_remote(path):
         with storage.open_binary(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
+    if _is_safetensors(path):
+        return lightning.map_tensors(path, safetensors.read_state_dict(path))
     is_zip = _is_zip(path)
     if is_zip:
         lightning.check_stored(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError:
+        if is_zip and (contents := _beside_objects(path)):
+            return contents
+        raise
+
+
+def _beside_objects(path: str) -> lightning.Contents | None:
+    """The tensors of a file that holds also what would run code; None: it is no known one."""
+    contents = lightning.read_contents(path, depth=MAPS)
+    if networks_in(contents) or kind_of(contents):
+        return lightning.map_tensors(path, contents)
+    return None
+
+
+def _read_stored(path: str) -> Stored:
+    """Where the tensors of a latent diffusion checkpoint are in its file."""
+    if not _is_safetensors(path):
+        return lightning.read_state_dict(path)
+    floats = lightning.DTYPES.values()
+    stored = safetensors.read_state_dict(path).items()
+    return {name: each if each and each.dtype in floats else None for name, each in stored}
+
+
+def _is_safetensors(path: str) -> bool:
+    with open(path, "rb") as file:
+        return safetensors.begins_like_one(file)
+
+
+def _is_mapped(path: str) -> bool:
+    """Whether reading a file anew takes no memory, nor time."""
+    return _is_zip(path) or _is_safetensors(path)
 
 
 def _load(
@@ -220,7 +272,19 @@ def _is_zip(file: str | BinaryIO) -> bool:
 def _unreadable_message(path: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return _missing_message(path)
-    return f"{path}: cannot read this checkpoint: {_first_line(error)}"
+    problem = _folder_problem(path) if os.path.isdir(path) else _first_line(error)
+    return f"{path}: cannot read this checkpoint: {problem}"
+
+
+def _folder_problem(path: str) -> str:
+    names = sorted(os.listdir(path))
+    if {"model_index.json", "config.json", "unet"} & {*names}:
+        return (
+            "this is a folder of another library, such as diffusers, whose networks have other "
+            "layers: take a checkpoint of the guided-diffusion family"
+        )
+    files = [name for name in names if name.endswith((".pt", ".pth", ".ckpt", ".safetensors"))]
+    return f"this is a folder; name a file{f', such as {shown(files[0])}' if files else ''}"
 
 
 def _missing_message(path: str) -> str:
@@ -254,15 +318,17 @@ def _damage_message(name: str, path: str, error: Exception, anew: str) -> str:
 
 
 def _file_problem(path: str) -> str | None:
-    """What its first bytes and its end tell; None: it is as torch.save writes files."""
+    """What its first bytes and its end tell; None: it is as torch or safetensors write files."""
     with storage.open_binary(path) as file:
         start = file.read(4)
         ends_early = start == _ZIP and not _is_zip(file)
+        file.seek(0)
+        is_safetensors = safetensors.begins_like_one(file)
     if not start:
         return "the file is empty"
     if ends_early:
         return "the file is incomplete, its end is missing"
-    if start != _ZIP and not start.startswith(_PICKLE):
+    if start != _ZIP and not start.startswith(_PICKLE) and not is_safetensors:
         return "this is no checkpoint, but a file of another kind, such as text or a web page"
     return None
 
@@ -293,21 +359,50 @@ def _matching_weights(blank: Blank, read_parts: ReadParts) -> Callable[[], Weigh
     local = local_path(path)
     if blank.part:
         return _matching_part(wanted, path, local, blank.part, read_parts(path, local))
-    try:
-        return _matching_file(wanted, path, local)
-    except UserError as error:
-        if not _is_latent(local):
-            raise
-        message = "this is a latent diffusion checkpoint: set method: latent, or take another file"
-        raise UserError(f"{path}: {message}") from error
+    return _matching_file(wanted, path, local)
 
 
 def _matching_file(wanted: Shapes, path: str, local: str) -> Callable[[], Weights]:
-    state_dict = _load(path, local)
-    if not _is_state_dict(state_dict):
-        raise UserError(f"{path}: {_no_state_dict_message(state_dict)}")
-    _compare(path, wanted, _shapes(state_dict), explain_pixel_network)
-    return partial(_load, path, local) if _is_zip(local) else lambda: state_dict
+    contents = _load(path, local)
+    place = _find(path, contents, wanted)
+    weights = weights_at(contents, place)
+    if strange := [name for name, weight in weights.items() if not _is_plain(weight)]:
+        raise UserError(f"{path}: {shown(strange[0])} in it is no tensor of floating-point numbers")
+    if taken := describe(contents, place):
+        _tell(f"{path}: {taken}")
+    _compare(path, wanted, _shapes(weights), explain_pixel_network)
+    if not _is_mapped(local):
+        return lambda: dict(weights)  # because whoever loads them takes them out
+    return lambda: weights_at(_load(path, local), place)
+
+
+def _find(path: str, contents: Any, wanted: Shapes) -> Inside:
+    """Where in a file the network is: the only one of its kind, or the only average of it.
+
+    Raises UserError if there is none, or several.
+    """
+    places, kind = networks_in(contents), kind_of(contents)
+    if kind in (TEXT_GUIDED, LATENT) or (kind and not places):
+        raise UserError(f"{path}: {kind}")
+    if not places and not _is_state_dict(contents):
+        raise UserError(f"{path}: {_no_state_dict_message(contents)}")
+    alike = [p for p in places if is_denoiser(weights_at(contents, p)) == is_denoiser(wanted)]
+    best = best_of(alike or places or [Inside()])
+    if len(best) > 1:
+        inside = ", ".join(map(str, best[:3]))
+        raise UserError(
+            f"{path}: there are {len(best)} networks in it, {inside}: save the state_dict() of one "
+            "alone"
+        )
+    return best[0]
+
+
+def _is_plain(weight: Any) -> bool:
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.layout == torch.strided
+        and weight.dtype in lightning.DTYPES.values()
+    )
 
 
 def _matching_part(
@@ -319,7 +414,10 @@ def _matching_part(
     tensors = {name: stored[in_file] for name, in_file in names.items()}
     _compare(path, wanted, _shapes(tensors), part.explain)
     if part.average and not _averages(part, stored):
-        _warn_of_plain_weights(path)
+        _tell(
+            f"{path}: the file has no moving average (model_ema) of the weights; going on with the "
+            "plain ones, whose pictures are worse"
+        )
     return partial(_load, path, local, partial(lightning.map_tensors, tensors=tensors))
 
 
@@ -353,25 +451,10 @@ def _part_problem(part: Part, stored: Stored, names: Mapping[str, str]) -> str |
 
 
 @cache
-def _warn_of_plain_weights(path: str) -> None:
+def _tell(text: str) -> None:
     """Warn, once a run."""
-    if read_world().rank:
-        return
-    warnings.warn(
-        f"{path}: the file has no moving average (model_ema) of the weights; going on with the "
-        "plain ones, whose pictures are worse",
-        UserWarning,
-        stacklevel=2,
-    )
-
-
-def _is_latent(path: str) -> bool:
-    """Whether it is a file of latent diffusion, whatever else is wrong with it."""
-    names = {}
-    if _is_zip(path):
-        with suppress(Exception):  # it is damaged, as has been said
-            names = lightning.read_state_dict(path)
-    return any(name.startswith((LATENT_UNET.prefix, LATENT_UNET.average)) for name in names)
+    if not read_world().rank:
+        warnings.warn(text, UserWarning, stacklevel=2)
 
 
 def _compare(path: str, wanted: Shapes, found: Shapes, explain: Explain) -> None:
@@ -411,9 +494,9 @@ def _no_state_dict_message(contents: Any) -> str:
     inside = [
         key for key, value in parts if isinstance(key, str) and _is_state_dict(value) and value
     ]
-    remedy = (
-        f"there is one inside, under '{shown(inside[0])}': save that alone"
-        if inside
-        else _NETWORK_ALONE
+    if not inside:
+        return f"not a plain state dict, which is a map of names to tensors; {_NETWORK_ALONE}"
+    return (
+        f"there is no network of this family in it, which would have {TIME_EMBED}; there are other "
+        f"weights, under '{shown(inside[0])}'"
     )
-    return f"not a plain state dict, which is a map of names to tensors; {remedy}"

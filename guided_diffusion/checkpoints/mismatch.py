@@ -1,7 +1,7 @@
 """How the weights of a checkpoint differ from a network's, in the terms of the config."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from guided_diffusion.checkpoints.lightning import shown
@@ -13,28 +13,41 @@ Explain = Callable[[Shapes, Shapes], Iterator[str]]  # wanted, found -> reasons,
 
 TIME_EMBED = "time_embed.0.weight"  # every U-Net and classifier has it, of width num_channels
 
+_STEM = "input_blocks.0.0.weight"
+_CHANNELS = {  # what other networks take
+    4: " (pictures with transparency, or latents)",
+    6: " (a small picture beside the noisy one, to enlarge it)",
+    7: " (latents, and what to keep of them)",
+    9: " (latents, and what to keep of them)",
+}
+
 _INCOMPLETE = "no key of the config explains it, so the file is incomplete or for another program"
 
 
 def explain_pixel_network(wanted: Shapes, found: Shapes) -> Iterator[str]:
     """What accounts for the differences of a denoiser or classifier of pixels."""
     if not _size(found, TIME_EMBED, 1):
-        prefix = shown(_prefix(found))
-        yield (
-            f"its names begin with '{prefix}': save the state_dict() of the network inside"
-            if prefix
-            else _without_time_embed(wanted, found)
-        )
+        yield _without_time_embed(wanted, found)
         return
-    if _is_denoiser(wanted) != _is_denoiser(found):
+    if is_denoiser(wanted) != is_denoiser(found):
         yield (
             "it is a denoiser, which belongs in model_path"
-            if _is_denoiser(found)
+            if is_denoiser(found)
             else "it is a classifier, which belongs in classifier_path"
         )
         return
-    read_features = _denoiser_features if _is_denoiser(wanted) else _classifier_features
-    yield from _config_reasons(read_features(wanted), read_features(found))
+    channels = _size(found, _STEM, 1)
+    if channels not in (0, 1, 3):  # 0: the file does not tell
+        yield (
+            f"its network takes {channels} channels{_CHANNELS.get(channels, '')}, where this "
+            "program's take 3 (colours) or 1 (grey)"
+        )
+        return
+    read_features = _denoiser_features if is_denoiser(wanted) else _classifier_features
+    ours, theirs = read_features(wanted), read_features(found)
+    if ours["num_classes"] and theirs["num_classes"]:
+        ours.pop("class_cond", None)
+    yield from _config_reasons(ours, theirs)
 
 
 def explain_latent_unet(wanted: Shapes, found: Shapes) -> Iterator[str]:
@@ -98,14 +111,9 @@ def _without_time_embed(wanted: Shapes, found: Shapes) -> str:
     return f"it is no network of this family, which would have {TIME_EMBED}"
 
 
-def _prefix(shapes: Shapes) -> str:
-    """What a wrapper, such as DataParallel, put before every name."""
-    nested = next((key for key in shapes if key.endswith(f".{TIME_EMBED}")), "")
-    return nested.removesuffix(TIME_EMBED)
-
-
-def _is_denoiser(shapes: Shapes) -> bool:
-    return any(key.startswith("output_blocks.") for key in shapes)
+def is_denoiser(names: Iterable[str]) -> bool:
+    """Whether a network with such names is a denoiser, not a classifier."""
+    return any(name.startswith("output_blocks.") for name in names)
 
 
 # ---- U-Nets ----------------------------------------------------------------------------------
@@ -143,6 +151,7 @@ def _denoiser_features(shapes: Shapes) -> Features:
     """What the shapes of a denoiser tell of the config that it was made with."""
     unet = _read_unet(shapes)
     return {
+        "in_channels": _number(shapes, _STEM, 1),
         "num_channels": str(unet.channels),
         "channel_mult": unet.channel_mult,
         "num_res_blocks": unet.num_res_blocks,
@@ -150,8 +159,9 @@ def _denoiser_features(shapes: Shapes) -> Features:
         "attention_resolutions": _sides(unet.attended),
         "resblock_updown": _resblock_updown(shapes),
         "use_scale_shift_norm": _use_scale_shift_norm(shapes),
-        "learn_sigma": _yaml(_size(shapes, "out.2.weight") == 6),
+        "learn_sigma": _yaml(_size(shapes, "out.2.weight") == 2 * _size(shapes, _STEM, 1)),
         "class_cond": _class_cond(shapes),
+        "num_classes": _number(shapes, "label_emb.weight"),
     }
 
 
@@ -163,7 +173,7 @@ def _latent_unet_features(shapes: Shapes) -> Features:
     unet = _read_unet(shapes)
     rates = ",".join(str(2**level) for level in reversed(unet.attended))
     features = {
-        "in_channels": _number(shapes, "input_blocks.0.0.weight", 1),
+        "in_channels": _number(shapes, _STEM, 1),
         "out_channels": _number(shapes, "out.2.weight"),
         "model_channels": _number(shapes, TIME_EMBED, 1),
         "channel_mult": unet.channel_mult,
@@ -209,6 +219,8 @@ def _classifier_features(shapes: Shapes) -> Features:
         "classifier_resblock_updown": _resblock_updown(shapes),
         "classifier_use_scale_shift_norm": _use_scale_shift_norm(shapes),
         "classifier_pool": _pool(shapes),
+        "in_channels": _number(shapes, _STEM, 1),
+        "num_classes": _num_classes(shapes),
     }
 
 
@@ -222,6 +234,12 @@ def _pool(shapes: Shapes) -> str:
     if len(shapes.get("out.3.weight", ())) == 4:
         return "adaptive"
     return "spatial_v2" if "out.3.weight" in shapes else "spatial"
+
+
+def _num_classes(shapes: Shapes) -> str | None:
+    """Of a classifier's logits."""
+    lasts = ("out.2.c_proj.weight", "out.3.weight", "out.4.weight", "out.2.weight")
+    return next((_number(shapes, last) for last in lasts if last in shapes), None)
 
 
 # ---- Autoencoders ----------------------------------------------------------------------------

@@ -138,7 +138,7 @@ Evaluations = Annotated[int, whole(16, 500)]
 Attraction = Annotated[float, _number(float, "a number from 0 to 2", lambda x: 0 <= x <= 2)]
 Blocks = Annotated[int, whole(1, 100)]
 Side = Annotated[int, whole(1, 2**14)]
-Label = Annotated[int, whole(0, 999)]
+Label = Annotated[int, _number(int, "a whole number >= 0", lambda n: abs(n) <= _END)]  # or less
 Shift = Annotated[int, whole(-(10**6), 10**6)]
 # Streams take seed + image + sample * 2**32, which has to stay below the end.
 Seed = Annotated[int, _number(int, "a whole number >= 0 and < 2**62", lambda n: 0 <= n < 2**62)]
@@ -155,6 +155,7 @@ WholeMultiples = Annotated[
     _numbers(int, "whole numbers from 1 to 999, such as '1,2,4'", lambda n: 1 <= n < 1000),
 ]
 DDIMSteps = Annotated[int, whole(1, 1000)]
+Channels = Annotated[int, _number(int, "3 (colours) or 1 (grey)", lambda n: n in (1, 3))]
 Colours = Annotated[int, _number(int, "3 (red, green and blue)", lambda n: n == 3)]
 OnlyFalse = Annotated[bool, only_false("KL autoencoders are not supported")]
 OnlyNone = Annotated[

@@ -9,6 +9,7 @@ from typing import Any
 from guided_diffusion.config import schema
 from guided_diffusion.config.file import ConfigFile
 from guided_diffusion.config.problems import (
+    class_problems,
     crop_problems,
     dataset_problems,
     ddim_problems,
@@ -64,12 +65,16 @@ def _pixel_config(file: ConfigFile) -> schema.Config:
     )
     file.refuse_first(
         diffusion_problems(config.diffusion, schedule),
+        class_problems(config),
         ddim_problems(config),
         start_problems(config),
         langevin_problems(config),
     )
     if config.classifier:
-        shape = partial(classifier.params, config.network.image_size)
+        network = config.network
+        shape = partial(
+            classifier.params, network.image_size, network.in_channels, network.num_classes
+        )
         file.refuse_misshapen(schema.ClassifierConfig, shape)
     return config
 

@@ -50,6 +50,12 @@ def diffusion_problems(diffusion: DiffusionConfig, schedule: ScheduleConfig | No
         yield "timestep_respacing", f"from 1 to {steps} steps in all, the diffusion_steps"
 
 
+def class_problems(config: Config) -> Problems:
+    last = config.network.num_classes - 1
+    if not 0 <= (config.cond_y or 0) <= last:
+        yield "cond_y", f"null or a whole number from 0 to {last}"
+
+
 def ddim_problems(config: Config) -> Problems:
     if config.ddim_eta and not config.use_ddim:
         yield "ddim_eta", "0 without use_ddim: true, since it has no effect then"

@@ -14,6 +14,7 @@ from guided_diffusion.config.kinds import (
     Attraction,
     BatchSize,
     Blocks,
+    Channels,
     Colours,
     Count,
     CountOrDefault,
@@ -78,6 +79,7 @@ class NetworkConfig:
     """The denoiser (U-Net)."""
 
     image_size: Count = pixels(64)  # side of the square that the network sees
+    in_channels: Channels = pixels(3)  # 1 = grey
     model_channels: Count = pixels(128)  # base width; level i is channel_mult[i] times as wide
     num_res_blocks: Blocks = pixels(2)  # per level
     num_heads: Count = pixels(4)
@@ -86,7 +88,8 @@ class NetworkConfig:
     attention_resolutions: Sizes = pixels((16, 8))  # image sides, not rates
     channel_mult: Multiples = pixels(())  # where a file has none, the loader takes it by image size
     dropout: Share = pixels(0.0)
-    class_cond: Flag = pixels(False)  # 1000 classes
+    class_cond: Flag = pixels(False)  # num_classes of them
+    num_classes: Count = pixels(NUM_CLASSES)
     use_checkpoint: Flag = pixels(False)  # gradients take less memory and more time
     use_scale_shift_norm: Flag = pixels(True)
     resblock_updown: Flag = pixels(False)
@@ -97,8 +100,8 @@ class NetworkConfig:
     @property
     def params(self) -> UNetParams:
         """Raises ShapeError."""
-        out_channels = 6 if self.learn_sigma else 3
-        num_classes = NUM_CLASSES if self.class_cond else None
+        out_channels = self.in_channels * (2 if self.learn_sigma else 1)
+        num_classes = self.num_classes if self.class_cond else None
         return _params(UNetParams, self, out_channels=out_channels, num_classes=num_classes)
 
 
@@ -135,9 +138,17 @@ class ClassifierConfig:
     resblock_updown: Flag = pixels(True)
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = pixels("attention")
 
-    def params(self, image_size: int) -> ClassifierParams:
-        """Raises ShapeError."""
-        return _params(ClassifierParams, self, image_size=image_size)
+    def params(
+        self, image_size: int, in_channels: int = 3, num_classes: int = NUM_CLASSES
+    ) -> ClassifierParams:
+        """What it shares with the denoiser is given. Raises ShapeError."""
+        return _params(
+            ClassifierParams,
+            self,
+            image_size=image_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +340,11 @@ class Config:
     def image_size(self) -> int | None:
         """Side of the square that pictures become for the network; None: they stay as they are."""
         return self.latent.image_size if self.latent else self.network.image_size
+
+    @property
+    def grey(self) -> bool:
+        """Whether the network knows no colours, so that pictures are grey, too."""
+        return self.network is not None and self.network.in_channels == 1
 
     @property
     def known_from(self) -> int | None:

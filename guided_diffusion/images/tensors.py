@@ -21,6 +21,17 @@ def decode_mask(file: InputFile, convention: str = "keep") -> Image.Image:
     return ImageOps.invert(mask) if convention == "fill" else mask
 
 
+def as_grey(prepared: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> the same picture without colours, all three channels its luma."""
+    return np.asarray(Image.fromarray(prepared).convert("L").convert("RGB"))
+
+
+def luma(x: torch.Tensor) -> torch.Tensor:
+    """Float (B, 3, H, W) -> (B, 1, H, W), as `as_grey`; what is grey stays so to the bit."""
+    red, green, blue = x.split(1, dim=1)
+    return green + 0.299 * (red - green) + 0.114 * (blue - green)
+
+
 def image_to_tensor(prepared: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
     return _channels_first(prepared.astype(np.float32) / 127.5 - 1)

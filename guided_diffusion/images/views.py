@@ -218,6 +218,7 @@ def decode_pair(
     *,
     flip: bool = False,
     known_from: int | None = None,
+    grey: bool = False,
 ) -> Picture:
     """A pair of its files. Raises UserError that names a bad one.
 
@@ -225,16 +226,17 @@ def decode_pair(
     they are, and the mask must be as large as the image. flip: a crop is mirrored left to right.
     known_from: of a crop, the level of the prepared mask from which pixels come out as they are;
     CUT: the mask is cut there. A photo's mask is always cut, and its known pixels never change.
+    grey: images lose their colours.
     """
     photo, mask = files.image.decoded(), decode_mask(files.mask, dataset.mask_convention)
-    start, kept = files.start and files.start.rgb(), photo.kept
+    image, start, kept = photo.rgb, files.start and files.start.rgb(), photo.kept
+    if grey:
+        image, start = (each and each.convert("L").convert("RGB") for each in (image, start))
     if dataset.fit != "crop":
-        kind, start = (
-            {"region": Photo, "tile": TiledPhoto}[dataset.fit],
-            start and np.asarray(start),
-        )
-        return kind(np.asarray(photo.rgb), keep_of(mask), image_size, start, kept)
-    pictures = [photo.rgb, mask, *([start] if start else [])]
+        kind = {"region": Photo, "tile": TiledPhoto}[dataset.fit]
+        start = start and np.asarray(start)
+        return kind(np.asarray(image), keep_of(mask), image_size, start, kept)
+    pictures = [image, mask, *([start] if start else [])]
     prepared = [resize_and_crop(picture, image_size) for picture in pictures]
     image, mask, *starts = map(np.fliplr, prepared) if flip else prepared
     if known_from == CUT:

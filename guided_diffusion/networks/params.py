@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-NUM_CLASSES = 1000  # of ImageNet: the only labels that published checkpoints know
+NUM_CLASSES = 1000  # of ImageNet, as published checkpoints know them
 
 CHANNEL_MULT_BY_IMAGE_SIZE: dict[int, tuple[float, ...]] = {
     512: (0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0),
@@ -32,7 +32,7 @@ class UNetParams:
     channel_mult: tuple[float, ...]  # width of each level / c, from the finest
     num_res_blocks: int  # per level
     attention_resolutions: tuple[int, ...]  # image sides at which attention runs
-    out_channels: int = 3  # 3: the prediction alone; 6: and its variance
+    out_channels: int = 3  # as in_channels: the prediction alone; twice as many: and its variance
     in_channels: int = 3
     num_heads: int = 4
     num_heads_upsample: int = -1  # -1: as num_heads
@@ -88,6 +88,8 @@ class ClassifierParams:
     use_scale_shift_norm: bool = True
     resblock_updown: bool = False  # residual blocks resample, instead of a plain conv
     pool: str = "attention"  # attention | adaptive | spatial | spatial_v2
+    in_channels: int = 3
+    num_classes: int = NUM_CLASSES
 
     def __post_init__(self) -> None:
         accepted = "64, 128, 256 or 512, which the classifier can see"
@@ -107,6 +109,7 @@ class ClassifierParams:
             channel_mult=CHANNEL_MULT_BY_IMAGE_SIZE[self.image_size],
             num_res_blocks=self.depth,
             attention_resolutions=self.attention_resolutions,
+            in_channels=self.in_channels,
             num_head_channels=_HEAD,
             use_scale_shift_norm=self.use_scale_shift_norm,
             resblock_updown=self.resblock_updown,

@@ -18,7 +18,7 @@ from guided_diffusion.networks.layers import (
     upsample,
     zeroed,
 )
-from guided_diffusion.networks.params import NUM_CLASSES, ClassifierParams, UNetParams
+from guided_diffusion.networks.params import ClassifierParams, UNetParams
 
 
 class ResBlock(nn.Module):
@@ -216,10 +216,11 @@ class Classifier(TimedNetwork):
         self.pool = p.pool
         side = encoder.image_size // 2 ** (len(encoder.channel_mult) - 1)
         block_widths = [_out_width(block) for block in self.blocks()]
-        self.out = _POOLS[p.pool](encoder, encoder.widths[-1], side, sum(block_widths))
+        make_pool = _POOLS[p.pool]
+        self.out = make_pool(encoder, encoder.widths[-1], side, sum(block_widths), p.num_classes)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x: (B, 3, H, W). t: (B,) steps of the base process. Returns (B, 1000) logits."""
+        """x: (B, C, H, W). t: (B,) steps of the base process. Returns (B, num_classes) logits."""
         emb = self.embed(t)
         h = x.to(self.blocks_dtype)
         features = []
@@ -249,28 +250,34 @@ class AttentionPool(nn.Module):
         return self.c_proj(tokens[:, 0])
 
 
-def _attention_pool(p: UNetParams, width: int, side: int, _: int) -> nn.Sequential:
-    pool = AttentionPool(side, width, p.num_head_channels, NUM_CLASSES)
+def _attention_pool(p: UNetParams, width: int, side: int, _: int, classes: int) -> nn.Sequential:
+    pool = AttentionPool(side, width, p.num_head_channels, classes)
     return nn.Sequential(GroupNorm32(width), nn.SiLU(), pool)
 
 
-def _adaptive_pool(_p: UNetParams, width: int, _side: int, _features: int) -> nn.Sequential:
+def _adaptive_pool(
+    _p: UNetParams, width: int, _side: int, _features: int, classes: int
+) -> nn.Sequential:
     return nn.Sequential(
         GroupNorm32(width),
         nn.SiLU(),
         nn.AdaptiveAvgPool2d(1),
-        zeroed(nn.Conv2d(width, NUM_CLASSES, 1)),
+        zeroed(nn.Conv2d(width, classes, 1)),
         nn.Flatten(),
     )
 
 
-def _spatial_pool(_p: UNetParams, _width: int, _side: int, features: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, NUM_CLASSES))
+def _spatial_pool(
+    _p: UNetParams, _width: int, _side: int, features: int, classes: int
+) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, classes))
 
 
-def _spatial_v2_pool(_p: UNetParams, _width: int, _side: int, features: int) -> nn.Sequential:
+def _spatial_v2_pool(
+    _p: UNetParams, _width: int, _side: int, features: int, classes: int
+) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(features, 2048), GroupNorm32(2048), nn.SiLU(), nn.Linear(2048, NUM_CLASSES)
+        nn.Linear(features, 2048), GroupNorm32(2048), nn.SiLU(), nn.Linear(2048, classes)
     )
 
 

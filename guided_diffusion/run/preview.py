@@ -62,7 +62,9 @@ def _check_apart(out: str, pairs: Sequence[Pair], d: DatasetConfig) -> None:
 def _draw_pair(name: str, files: PairFiles, config: Config) -> Image.Image:
     """Three pictures side by side, and the name below."""
     dataset, known_from = config.dataset, config.known_from
-    picture = decode_pair(files, dataset, config.image_size, known_from=known_from)
+    picture = decode_pair(
+        files, dataset, config.image_size, known_from=known_from, grey=config.grey
+    )
     image, mask = files.image.rgb(), decode_mask(files.mask, dataset.mask_convention)
     if known_from == CUT:
         mask = Image.fromarray(black_and_white(mask))

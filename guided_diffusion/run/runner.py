@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -35,6 +36,8 @@ from guided_diffusion.run.worker import Worker, load, write, write_companions
 if TYPE_CHECKING:
     from guided_diffusion.output.film import FilmLog
 
+WORTH_ASKING = 50  # evaluations of a run that is so long that a few more for a check do not matter
+
 
 def run(job: Job, load_inpainter: Callable[[Config], Inpainter]) -> None:
     """Make what the plan has that is not done, together with the other ranks.
@@ -48,6 +51,8 @@ def run(job: Job, load_inpainter: Callable[[Config], Inpainter]) -> None:
         job = job.settled(**team.share("settled plan", partial(_prepare, job, inpainter)))
         if team.is_first:
             team.world.say(job.describe())
+            if not job.plan.done and job.plan.total_evaluations >= WORTH_ASKING:
+                warn_of_doubts(job.plan, inpainter)
         with _at_work(job, inpainter) as worker:
             for batch in worker.batches():
                 batch.results = worker.inpaint(batch)
@@ -76,6 +81,23 @@ def _at_work(job: Job, inpainter: Inpainter) -> Iterator[Worker]:
         except Exception as error:
             team.stop(str(error))
             raise
+
+
+def warn_of_doubts(plan: Plan, inpainter: Inpainter) -> None:
+    """Ask the network about the first picture, and warn if its settings are likely wrong."""
+    task = next((task for task in plan.tasks if task.views), None)
+    if task is None:
+        return
+    view = load(task, plan).view(0)
+    try:
+        doubt = inpainter.doubts(view.image, view.keep_mask)
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
+            raise
+        return memory.release()  # the run will say so, or make do with less
+    if doubt:
+        text = f"{plan.config.model_path}, asked about {task.pair.image_path}: {doubt}"
+        warnings.warn(text, UserWarning, stacklevel=2)
 
 
 # ---- Before the first batch -------------------------------------------------------------------

@@ -302,7 +302,12 @@ def load(task: Task, plan: Plan) -> Picture:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the plan has told what there is to be told of them
         picture = decode_pair(
-            files, plan.dataset, config.image_size, flip=origin.flip, known_from=config.known_from
+            files,
+            plan.dataset,
+            config.image_size,
+            flip=origin.flip,
+            known_from=config.known_from,
+            grey=config.grey,
         )
     digests = origin.image, origin.mask, origin.start
     for file, digest in zip((files.image, files.mask, files.start), digests, strict=True):

@@ -35,7 +35,7 @@ def load_network(
     gradients: of its output with respect to x will be asked for. Raises UserError, as
     `load_weights`.
     """
-    network = checkpoint.blank.network
+    network = checkpoint.network
     # Neither a compiler nor the backward pass can look into our own layers.
     plain = gradients or speed.compile
     # Latents come in all sizes: pieces would add up.
@@ -54,7 +54,7 @@ def load_autoencoder(
     It is called twice an image, so that only precision and layers pay. side: of the pictures that
     it is to be fastest for. Raises UserError, as `load_weights`.
     """
-    autoencoder = checkpoint.blank.network
+    autoencoder = checkpoint.network
     _fill(checkpoint, speed, device, autoencoder.convolution_sides(side))
     return autoencoder
 
@@ -67,7 +67,7 @@ def _fill(
     plain: bool = False,
 ) -> None:
     """Load a network's weights to a device, into layers for it. plain: into torch's own."""
-    network = checkpoint.blank.network
+    network = checkpoint.network
     network.eval().convert_blocks(speed.dtype)
     if device.type == "cuda":
         if device.index is not None:

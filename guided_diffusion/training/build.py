@@ -13,7 +13,6 @@ from guided_diffusion.images.tensors import to_bytes
 from guided_diffusion.inpainter import PixelInpainter
 from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import ALONE, World
-from guided_diffusion.networks.params import NUM_CLASSES
 from guided_diffusion.networks.unet import UNet
 from guided_diffusion.scheduler import plain_times
 from guided_diffusion.training.crops import training_images
@@ -31,9 +30,10 @@ def build_trainer(config: TrainingConfig, world: World = ALONE) -> tuple[Trainer
     """
     check_batch_size(config.training.batch_size, world)
     device = pick_device(config.device, world)
-    images = training_images(config.training, config.network.image_size)
-    if config.network.class_cond:
-        images.check_classes(NUM_CLASSES)
+    network = config.network
+    images = training_images(config.training, network.image_size, network.in_channels)
+    if network.class_cond:
+        images.check_classes(network.num_classes)
     processes = Processes(world, device)
     processes.check_same("config", to_yaml_dict(config))
     processes.check_same("data_dir", images.paths)
@@ -74,6 +74,7 @@ def sample_writer(
         plain_times(process.diffusion.num_timesteps),
         config.network.image_size,
         num_classes=num_classes,
+        channels=config.network.in_channels,
         merge_known=False,
     )
     number, size = config.training.sample_number, config.network.image_size

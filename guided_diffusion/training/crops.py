@@ -14,7 +14,6 @@ from PIL import Image
 
 from guided_diffusion.config import TrainingParams, UserError
 from guided_diffusion.images.files import read_rgb
-from guided_diffusion.images.tensors import image_to_tensor
 from guided_diffusion.training.data import TrainingImages
 
 LANCZOS_REACH = 3  # pixels of the result, to each side
@@ -42,9 +41,11 @@ class RandomCrops(TrainingImages):
     system keeps as much of it there as it likes. Each process has a file of its own.
     """
 
-    def __init__(self, folder: str, image_size: int, scales: tuple[float, float]):
+    def __init__(
+        self, folder: str, image_size: int, scales: tuple[float, float], channels: int = 3
+    ):
         """Decodes all photos. Raises UserError if one is bad, or none is large enough."""
-        super().__init__(folder, image_size)
+        super().__init__(folder, image_size, channels)
         self.scales = scales
         self.photos: list[np.ndarray] = []  # uint8 (H, W, 3)
         self.photo_classes: list[int] = []
@@ -86,9 +87,9 @@ class RandomCrops(TrainingImages):
         return len(self.photos)
 
     def __getitem__(self, crop: Crop) -> tuple[torch.Tensor, int]:
-        """(3, S, S) in [-1, 1], and the class."""
+        """(C, S, S) in [-1, 1], and the class."""
         pixels = reduced(self.photos[crop.photo], crop, self.image_size)
-        return image_to_tensor(pixels), self.photo_classes[crop.photo]
+        return self.to_tensor(pixels), self.photo_classes[crop.photo]
 
     def batches(self, batch_size: int, seed: int, first_step: int) -> Iterator[list[Crop]]:
         """The crops of each training step from `first_step` on, a function of (seed, step)."""
@@ -139,8 +140,8 @@ def _append(file: BinaryIO, pixels: np.ndarray) -> None:
         ) from error
 
 
-def training_images(params: TrainingParams, image_size: int) -> TrainingImages:
+def training_images(params: TrainingParams, image_size: int, channels: int = 3) -> TrainingImages:
     """What a network learns from. Raises UserError."""
     if params.crop == "random":
-        return RandomCrops(params.data_dir, image_size, params.scales or (1.0, 1.0))
-    return TrainingImages(params.data_dir, image_size)
+        return RandomCrops(params.data_dir, image_size, params.scales or (1.0, 1.0), channels)
+    return TrainingImages(params.data_dir, image_size, channels)

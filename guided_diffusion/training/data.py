@@ -10,7 +10,7 @@ import torch
 
 from guided_diffusion.config import UserError
 from guided_diffusion.images.files import list_images, load_prepared
-from guided_diffusion.images.tensors import image_to_tensor
+from guided_diffusion.images.tensors import as_grey, image_to_tensor
 from guided_diffusion.machine.ranks import ALONE, World
 from guided_diffusion.training.ranks import share_of
 
@@ -20,10 +20,10 @@ READERS = 2  # threads that read images while the network learns
 class TrainingImages:
     """Images of a folder, each with its class: the position of its own folder among all."""
 
-    def __init__(self, folder: str, image_size: int):
-        """Raises UserError if the folder cannot be read or holds no image."""
+    def __init__(self, folder: str, image_size: int, channels: int = 3):
+        """channels: 1 = grey. Raises UserError if the folder cannot be read or holds no image."""
         self.paths = list_images("data_dir", folder)
-        self.image_size = image_size
+        self.image_size, self.channels = image_size, channels
         folders = [str(PurePath(path).parent) for path in self.paths]
         self.class_folders = sorted(set(folders))
         class_of = {folder: i for i, folder in enumerate(self.class_folders)}
@@ -33,8 +33,14 @@ class TrainingImages:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        """(3, S, S) in [-1, 1], and the class. Raises UserError that names a bad file."""
-        return image_to_tensor(load_prepared(self.paths[i], self.image_size)), self.classes[i]
+        """(C, S, S) in [-1, 1], and the class. Raises UserError that names a bad file."""
+        return self.to_tensor(load_prepared(self.paths[i], self.image_size)), self.classes[i]
+
+    def to_tensor(self, prepared: np.ndarray) -> torch.Tensor:
+        """uint8 (S, S, 3) -> (C, S, S) in [-1, 1]."""
+        return image_to_tensor(as_grey(prepared) if self.channels == 1 else prepared)[
+            : self.channels
+        ]
 
     def batches(self, batch_size: int, seed: int, first_step: int) -> Iterator[list[int]]:
         """Which ones each training step takes, from `first_step` on."""
@@ -71,7 +77,7 @@ def step_batches(
 def endless_batches(
     images: TrainingImages, batch_size: int, seed: int, first_step: int, world: World = ALONE
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's share ((b, 3, S, S), (b,)) of the images and classes of each step, read ahead.
+    """This rank's share ((b, C, S, S), (b,)) of the images and classes of each step, read ahead.
 
     batch_size: of all ranks together. Raises UserError that names a bad file. By threads, since an
     error in a process of its own would come back as that process's traceback.

@@ -228,6 +228,7 @@ def test_defaults(write):
         "latent": None,
         "network": {
             "image_size": 64,
+            "in_channels": 3,
             "model_channels": 128,
             "num_res_blocks": 2,
             "num_heads": 4,
@@ -237,6 +238,7 @@ def test_defaults(write):
             "channel_mult": (1, 2, 3, 4),
             "dropout": 0.0,
             "class_cond": False,
+            "num_classes": 1000,
             "use_checkpoint": False,
             "use_scale_shift_norm": True,
             "resblock_updown": False,
