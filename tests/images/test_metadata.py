@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from guided_diffusion.images import files
 from guided_diffusion.images.files import InputFile, encode_png, prepare, read_input, to_rgb
@@ -254,16 +254,30 @@ def test_no_segment_beside_the_pixels_keeps_a_jpeg_from_being_read(which):
     assert decoded.kept.icc == b""
 
 
-def test_colours_of_a_jpeg_are_still_told_by_its_segments():
-    """RGB without JFIF, as its Adobe segment says; CMYK as Adobe writes it."""
-    for picture in (halves(), noise(32, 32).convert("CMYK")):
-        content = io.BytesIO()
-        picture.save(
-            content, "JPEG", quality=95, **({"keep_rgb": True} if picture.mode == "RGB" else {})
-        )
-        data = content.getvalue()
-        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        np.testing.assert_array_equal(np.asarray(InputFile("x.jpg", data).rgb()), expected)
+def renamed(data: bytes, names: bytes) -> bytes:
+    """A JPEG file whose three channels have other names, from which decoders guess colours."""
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    changed = bytearray(data)
+    for i in range(3):
+        changed[frame + 10 + 3 * i] = changed[scan + 5 + 2 * i] = names[i]
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(("options", "names"), [({}, b"RGB"), ({"keep_rgb": True}, b"\1\2\3")])
+def test_colours_of_a_jpeg_are_told_by_its_segments_not_guessed(options, names):
+    """JFIF says Y, Cb and Cr, whatever the channels are called; Adobe's says RGB."""
+    content = io.BytesIO()
+    halves().save(content, "JPEG", quality=95, **options)
+    assert not is_upright(InputFile("x.jpg", renamed(content.getvalue(), names)).rgb())
+
+
+def test_cmyk_is_read_as_pillow_reads_it():
+    content = io.BytesIO()
+    noise(32, 32).convert("CMYK").save(content, "JPEG")
+    expected = np.asarray(Image.open(content).convert("RGB"))
+    np.testing.assert_array_equal(
+        np.asarray(InputFile("x.jpg", content.getvalue()).rgb()), expected
+    )
 
 
 # ---- What belongs to a photo ------------------------------------------------------------------
@@ -344,7 +358,7 @@ def test_exif_comes_back_but_its_turn_and_its_thumbnail(tmp_path, suffix):
         kept = result.info["exif"]
         assert b"Pinhole" in kept and b"removed" not in kept
         assert struct.pack("<iI", -1, 0) in kept
-        assert result.getexif()[0x0112] == 1 and result.getexif().get_ifd(1) == {}
+        assert result.getexif()[0x0112] == 1 and result.getexif().get_ifd(ExifTags.IFD.IFD1) == {}
 
 
 def test_exif_of_a_tiff_comes_back(tmp_path):
