@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,11 +17,11 @@ from PIL import Image, ImageColor
 from guided_diffusion.config.errors import UserError, exit_status
 from guided_diffusion.images.files import (
     encode_png,
-    is_image_name,
     list_images,
     read_rgb,
     read_upright,
 )
+from guided_diffusion.images.types import is_image_name
 from guided_diffusion.machine import storage
 from guided_diffusion.masks import edits
 from guided_diffusion.masks.kinds import KINDS, SIDES, check_name, check_size, draw_mask, mask_rng
@@ -83,6 +84,7 @@ def main() -> int:
 
 
 def _run() -> None:
+    warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
     arguments = parse_arguments(sys.argv[1:])
     targets, masks = (_draw if arguments.command in KINDS else _edit)(arguments)
     _check_free(targets, arguments.out, arguments.overwrite)
