@@ -85,7 +85,7 @@ def test_a_run_says_what_it_will_do_and_where_the_results_are(finished):
     result = finished.result
     assert result.status == 0, result.err
     plan, evaluations, seed, speed, left, results, report = result.out.splitlines()
-    assert plan == "resample: 3 images from gts, masks from masks, batch size 2"
+    assert plan == "resample: 3 images from gts, masks from masks (by name), batch size 2"
     assert evaluations == "5 network evaluations per image, 15 in all"
     assert seed == "seed 10 (to repeat this run: --set seed=10)"
     assert speed == "device cpu, fp32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,9 +113,9 @@ class PairChecks:
         are dim all over, that keep everything, nothing or little, and masks that are not as large
         as their image; with fit: region, holes that are larger than the network's square, and masks
         that leave the network nothing to see; without an image_size, pictures that are large.
-        Raises UserError that names the first file that cannot be read, or that has not the size of
-        its image, where it must: a picture to start from, and, with fit: region or without an
-        image_size, a mask.
+        Raises UserError that names the first file that cannot be read, that is an image and its own
+        mask, or that has not the size of its image, where it must: a picture to start from, and,
+        with fit: region or without an image_size, a mask.
         """
         errors = list(dict.fromkeys(str(e) for e in found.values() if isinstance(e, UserError)))
         if errors:
@@ -126,6 +126,7 @@ class PairChecks:
 
     def _messages(self, found: Mapping[Pair, Found]) -> Iterator[str]:
         """Warnings. Raises UserError."""
+        _check_apart(found)
         _check_starts(found)
         masks = {pair.mask_path: each.mask for pair, each in found.items()}
         for kind, text in _WARNINGS.items():
@@ -175,6 +176,17 @@ def _kind(values: np.ndarray, used: np.ndarray) -> str:
     if used.min() == used.max():
         return "white" if used.max() else "black"
     return "binary"
+
+
+def _check_apart(pairs: Iterable[Pair]) -> None:
+    """Raises UserError where an image is its own mask, as in a folder of images alone."""
+    same = [pair.image_path for pair in pairs if pair.image_path == pair.mask_path]
+    if same:
+        raise UserError(
+            f"gt_path and mask_path are the same, so that {same[0]} would be its own mask: put "
+            "masks in a folder of their own, or, in the same one, call them after their images, "
+            "as x_mask.png for x.png"
+        )
 
 
 def _check_starts(found: Mapping[Pair, Found]) -> None:

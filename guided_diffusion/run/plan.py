@@ -17,7 +17,7 @@ import torch
 
 from guided_diffusion.config import Config, DatasetConfig, UserError
 from guided_diffusion.images.checks import Found, PairChecks
-from guided_diffusion.images.pairs import Pair, PairFiles, find_pairs, for_each_pair
+from guided_diffusion.images.pairs import Pair, PairFiles, for_each_pair, pair_up
 from guided_diffusion.images.tensors import flip_decision
 from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import Team, restarted
@@ -60,6 +60,8 @@ class Plan:
     run: int  # a number that no earlier run of this folder has
     done: frozenset[str]  # names of results that are there already
     redo: dict[str, str]  # names of results that are there, but do not count, and why
+    found: int  # images, also those that offset, max_len or drop_last leave out
+    pairing: str  # how masks were found for images, in words; "": one serves all
     digest: str = ""  # of the settings; "": not yet settled
 
     @property
@@ -131,8 +133,8 @@ class Plan:
         measured = d.batch_size == "auto" and self.batch_size != "auto"
         each = f", {samples} samples of each" if samples > 1 else ""
         lines = [
-            f"{self.config.name}: {counted(self.images, 'image')} from {d.gt_path}, "
-            f"masks from {d.mask_path}{each}, "
+            f"{self.config.name}: {self._share()} from {d.gt_path}, "
+            f"masks from {d.mask_path}{self.pairing and f' ({self.pairing})'}{each}, "
             f"batch size {self.batch_size}{' (auto)' * measured}",
             f"{counted(self.evaluations, 'network evaluation')} per "
             f"{self.view_noun}, {self.total_evaluations:,} in all{self._regions()}",
@@ -148,6 +150,11 @@ class Plan:
         """What sampling starts from in place of pure noise, in words; "" if it does not."""
         start = self.config.start_from
         return f"{start.path or 'the images themselves'}, noised to t = {start.t}" if start else ""
+
+    def _share(self) -> str:
+        """How many images there are to make, and of how many."""
+        all_of_them = counted(self.found, "image")
+        return all_of_them if self.images == self.found else f"{self.images:,} of {all_of_them}"
 
     def _regions(self) -> str:
         if self.dataset.fit != "region":
@@ -235,9 +242,10 @@ def make_plan(
     """
     dataset = config.dataset
     recipe.start_hashing()
-    pairs = find_pairs(
+    pairing = pair_up(
         dataset.gt_path, dataset.mask_path, dataset.offset, dataset.max_len, config.start_path
     )
+    pairs = pairing.pairs
     for folder in [dataset.inpainted_dir, *companion_folders(dataset)]:
         advice = "change `paths` in the config, or the folder's permissions"
         with storage.writing(f"in the output folder {folder}", advice):
@@ -265,6 +273,8 @@ def make_plan(
         run=history.run + 1,
         done=frozenset(name for name, reason in reasons.items() if reason == ""),
         redo={name: reason for name, reason in reasons.items() if reason},
+        found=pairing.images,
+        pairing=pairing.rule,
     )
 
 
