@@ -9,6 +9,7 @@ from guided_diffusion.config.loading import (
 )
 from guided_diffusion.config.schema import (
     CUT,
+    LITTLE,
     AutoencoderConfig,
     ClassifierConfig,
     Config,
@@ -26,6 +27,7 @@ from guided_diffusion.config.schema import (
 
 __all__ = [
     "CUT",
+    "LITTLE",
     "AutoencoderConfig",
     "ClassifierConfig",
     "Config",

@@ -48,6 +48,7 @@ from guided_diffusion.networks.params import (
 )
 
 CUT = 128  # level of a mask (0 to 255) at which it is cut into black and white, where it is
+LITTLE = 0.2  # of a picture: masks that keep less are often meant the other way round
 
 _Params = TypeVar("_Params")
 

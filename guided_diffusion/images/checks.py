@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from guided_diffusion.config import CUT, DatasetConfig, UserError
+from guided_diffusion.config import CUT, LITTLE, DatasetConfig, UserError
 from guided_diffusion.images.files import InputFile, resize_and_crop
 from guided_diffusion.images.pairs import Pair, PairFiles
 from guided_diffusion.images.regions import cut_keep, find_regions, keep_of
-from guided_diffusion.images.tensors import decode_mask
+from guided_diffusion.images.tensors import decode_mask, levels_near, stretch_mask
 
 Size = tuple[int, int]  # width, height
 
 COLOUR = 16  # levels of 255 between red, green and blue, up to which a pixel is grey
 LARGE = 2**20  # pixels of a picture above which attention over all of it takes most of the time
-LITTLE = 0.2  # of a picture: masks that keep less are often meant the other way round
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class _Mask:
     kept: float  # share of the picture
     views: int = 1  # with fit: region, one a region
     hole: int = 0  # with fit: region, the longest side of the largest hole
+    stretched: tuple[int, int, int] | None = None  # from, to, and of how much, in the file
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,15 @@ _WARNINGS = {
     "dim": (
         "are nowhere brighter than half of 255, so that nothing is kept as it is; if 1 means keep "
         "in your masks, multiply them by 255"
+    ),
+    "dim16": (
+        "are nowhere brighter than half of the 65,535 that is white in their 16 bits, so that "
+        "nothing is kept as it is; if 255 means keep in your masks, multiply them by 257"
+    ),
+    "layer": (
+        "have one colour all over and their shape in the transparency, which is not read; python "
+        "-m guided_diffusion.masks from-alpha makes masks that keep what is opaque, and masks "
+        "invert turns them round where what you painted is to be filled in"
     ),
     "hidden": (
         "keep no spot as large as a pixel of the network's {S}x{S}, which therefore sees nothing "
@@ -96,10 +105,15 @@ class PairChecks:
         return Found(image, self.masks[files.mask.path], start)
 
     def _inspect_mask(self, file: InputFile) -> _Mask:
-        mask = decode_mask(file, self.dataset.mask_convention)
+        convention = self.dataset.mask_convention
+        mask, stretched = decode_mask(file, convention), None
         if self.fit_region:
-            return _inspect_photo_mask(mask, self.image_size)
-        return _inspect_mask(mask, self.image_size, self.cut)
+            found = _inspect_photo_mask(mask, self.image_size)
+        else:
+            if not self.cut and levels_near(mask, convention):
+                mask, stretched = stretch_mask(mask, convention), _levels_of_file(file)
+            found = _inspect_mask(mask, self.image_size, self.cut)
+        return replace(found, kind=_kind_of_file(file, found.kind), stretched=stretched)
 
     def fits(self, found: Found) -> bool:
         """Whether mask and start picture are as large as they must be."""
@@ -110,7 +124,8 @@ class PairChecks:
         """Warn of what was found, one line a kind.
 
         That is: masks in grey (unless they are cut into black and white) or in colour, masks that
-        are dim all over, that keep everything, nothing or little, and masks that are not as large
+        are dim all over, nearly white, in a transparent layer, that keep everything, nothing or
+        little, and masks that are not as large
         as their image; with fit: region, holes that are larger than the network's square, and masks
         that leave the network nothing to see; without an image_size, pictures that are large.
         Raises UserError that names the first file that cannot be read, that is an image and its own
@@ -134,6 +149,7 @@ class PairChecks:
             if paths:
                 count = f"{len(paths)} of {len(masks)} masks, first {paths[0]},"
                 yield f"{count} {text.format(S=self.image_size)}"
+        yield from _stretched_masks(masks)
         yield from _convention_warnings(masks, self.dataset.mask_convention)
         yield from _unequal_sizes(found, self.needs_sizes)
         if self.fit_region:
@@ -161,6 +177,28 @@ def _inspect_photo_mask(mask: Image.Image, image_size: int) -> _Mask:
     return _Mask(mask.size, kind, float(keep.mean()), len(regions), hole)
 
 
+def _levels_of_file(file: InputFile) -> tuple[int, int, int]:
+    """The darkest and the brightest level, and the one that is white."""
+    picture = file.upright()
+    if picture.mode.startswith("I"):
+        return int(np.min(picture)), int(np.max(picture)), 65535
+    picture = file.rgb()
+    return int(np.min(picture)), int(np.max(picture)), 255
+
+
+def _kind_of_file(file: InputFile, kind: str) -> str:
+    """The kind of a mask, more precisely where its pixels alone look empty."""
+    if kind not in ("black", "white", "dim"):
+        return kind
+    picture = file.upright()
+    if picture.has_transparency_data:
+        alpha = np.asarray(picture.convert("RGBA"))[..., 3]
+        return kind if alpha.min() == alpha.max() else "layer"
+    if picture.mode.startswith("I") and 0 < np.max(picture) < 2**15:
+        return "dim16"
+    return kind
+
+
 def _is_coloured(mask: Image.Image) -> bool:
     """More than what JPEG does to black and white."""
     lowest, highest = np.asarray(mask).min(axis=2), np.asarray(mask).max(axis=2)
@@ -176,6 +214,17 @@ def _kind(values: np.ndarray, used: np.ndarray) -> str:
     if used.min() == used.max():
         return "white" if used.max() else "black"
     return "binary"
+
+
+def _stretched_masks(masks: Mapping[str, _Mask]) -> Iterator[str]:
+    near = [path for path, mask in masks.items() if mask.stretched and mask.kind != "coloured"]
+    if near:
+        low, high, white = masks[near[0]].stretched
+        yield (
+            f"{len(near)} of {len(masks)} masks, first {near[0]}, have values from {low:,} to "
+            f"{high:,}, where white is {white:,}: nearly white is taken as white, and all values "
+            "are stretched to fit"
+        )
 
 
 def _check_apart(pairs: Iterable[Pair]) -> None:

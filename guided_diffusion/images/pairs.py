@@ -104,7 +104,7 @@ def pair_up(
     masks, rule = _one_each("mask", _Folder("mask_path", mask_path, masks), gts, chosen)
     starts = [None] * len(images)
     if start_path:
-        is_input = _is_same(start_path, gt_path)
+        is_input = is_same_path(start_path, gt_path)
         found = images if is_input else list_images("start_from.path", start_path)
         folder = _Folder("start_from.path", start_path, found)
         starts, _ = _one_each("start picture", folder, gts, chosen)
@@ -116,7 +116,7 @@ def pair_up(
 def _list_both(gt_path: str, mask_path: str) -> tuple[list[str], list[str]]:
     """Images and masks; one folder may hold both. Raises UserError."""
     images = list_images("gt_path", gt_path)
-    if not _is_same(gt_path, mask_path):
+    if not is_same_path(gt_path, mask_path):
         masks = list_images("mask_path", mask_path)
         if storage.is_dir(mask_path):  # perhaps within gt_path
             images = [path for path in images if path not in {*masks}] or images
@@ -136,7 +136,8 @@ def _list_both(gt_path: str, mask_path: str) -> tuple[list[str], list[str]]:
     return [images[i] for i in order], [images[mask_of[i]] for i in order]
 
 
-def _is_same(path: str, other: str) -> bool:
+def is_same_path(path: str, other: str) -> bool:
+    """Whether two paths are of one file or folder."""
     if storage.is_remote(path) or storage.is_remote(other):
         return path.rstrip("/") == other.rstrip("/")
     return os.path.realpath(path) == os.path.realpath(other)

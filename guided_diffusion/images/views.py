@@ -3,8 +3,9 @@
 With `fit: crop`, the network sees the centre square, as in the original, or, without an image_size,
 the picture as it is; with `fit: region`, a square around each hole of a photo, see `regions`.
 
-Networks of pixels take masks as they are. Latent diffusion knows only black and white: it fills in
-what is darker than CUT, and all else comes out as the image's own bytes.
+Networks of pixels take masks as they are, but for a white that is only nearly white. Latent
+diffusion knows only black and white: it fills in what is darker than CUT, and all else comes out as
+the image's own bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from guided_diffusion.images.regions import (
     keep_of,
     paste,
 )
-from guided_diffusion.images.tensors import decode_mask, image_to_tensor, mask_to_tensor, to_bytes
+from guided_diffusion.images.tensors import (
+    decode_mask,
+    image_to_tensor,
+    mask_to_tensor,
+    stretch_mask,
+    to_bytes,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +149,8 @@ def decode_pair(
     starts = [files.start.rgb()] if files.start else []
     if dataset.fit == "region":
         return Photo(np.asarray(image), keep_of(mask), image_size, *map(np.asarray, starts))
+    if known_from != CUT:
+        mask = stretch_mask(mask, dataset.mask_convention)
     prepared = [resize_and_crop(picture, image_size) for picture in (image, mask, *starts)]
     image, mask, *starts = map(np.fliplr, prepared) if flip else prepared
     if known_from == CUT:
