@@ -134,6 +134,15 @@ class ClassifierConfig:
     resblock_updown: Flag = pixels(True)
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = pixels("attention")
 
+    @property
+    def missing(self) -> str:
+        """What guidance lacks where only half of it is set, in words; else ""."""
+        if self.scale and not self.path:
+            return f"classifier_scale is {self.scale:g}, but there is no classifier_path"
+        if self.path and not self.scale:
+            return "there is a classifier_path, but classifier_scale is 0"
+        return ""
+
     def params(self, image_size: int) -> ClassifierParams:
         """Raises ShapeError."""
         return _params(ClassifierParams, self, image_size=image_size)
@@ -293,6 +302,7 @@ class Config:
     merge_known: Flag = pixels(True)  # merge the known region
     time_shift: Shift = pixels(1)  # going up from t takes beta[t + shift]
     classifier: ClassifierConfig | None  # None = no guidance
+    unguided: str = field(default="", compare=False)  # why, where half of it is set; in words
     cond_y: Label | None = pixels(None)  # None = a random class per image
     show_progress: Flag = aside(True)
     device: Device | None = aside(None)  # None = cuda if there is one, else cpu

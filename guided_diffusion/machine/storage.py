@@ -130,7 +130,9 @@ def read_start(path: str, size: int) -> bytes:
 
 
 def name_limit(folder: str) -> int:
-    """How many bytes a file's name may have in a folder, or where it will be created."""
+    """The longest name of a file in a folder, or where it will be created; see `name_length`."""
+    if is_remote(folder):
+        return 1024  # of a blob's whole path
     existing = os.path.abspath(folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
@@ -138,6 +140,11 @@ def name_limit(folder: str) -> int:
         return os.pathconf(existing, "PC_NAME_MAX")
     except (AttributeError, OSError, ValueError):  # not on Windows
         return 255
+
+
+def name_length(name: str) -> int:
+    """Of a file's name as file systems count: bytes, or, on Windows, letters."""
+    return len(name) if os.name == "nt" else len(os.fsencode(name))
 
 
 def file_digest(path: str) -> tuple[int, str]:
