@@ -118,9 +118,10 @@ def _list_both(gt_path: str, mask_path: str) -> tuple[list[str], list[str]]:
     images = list_images("gt_path", gt_path)
     if not is_same_path(gt_path, mask_path):
         masks = list_images("mask_path", mask_path)
-        if storage.is_dir(mask_path):  # perhaps within gt_path
-            images = [path for path in images if path not in {*masks}] or images
-        return images, masks
+        if not storage.is_dir(mask_path):
+            return images, masks
+        among = {*masks}  # where mask_path lies within gt_path
+        return [path for path in images if path not in among] or images, masks
     split = split_names(names_of(gt_path, images))
     if split is None:
         return images, images

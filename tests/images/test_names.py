@@ -80,6 +80,17 @@ def test_the_same_stem_goes_first(tmp_path, recwarn, images, masks):
         assert image == mask if exact else image.casefold() == mask.casefold()
 
 
+def test_an_affix_that_a_mac_took_apart_is_one(tmp_path):
+    gts, masks = folders(tmp_path, NUMBERS, [f"{n}_ma\u0301scara" for n in NUMBERS])
+    save_images(Path(masks), "0_m\u00e1scara.png")
+    Path(masks, "0_ma\u0301scara.png").unlink()
+    stems, rule = paired(gts, masks)
+    assert rule == "by name and _m\u00e1scara"
+    assert {image: mask.partition("_")[0] for image, mask in stems.items()} == {
+        number: number for number in NUMBERS
+    }
+
+
 def test_offset_and_max_len_choose_among_pairs_that_are_found_before(tmp_path):
     gts, masks = folders(tmp_path, NUMBERS, [f"{number}_mask" for number in NUMBERS])
     stems, _ = paired(gts, masks, offset=2, max_len=2)
@@ -126,10 +137,13 @@ def test_an_image_without_its_mask_in_one_folder_is_named(tmp_path):
     assert f"1 of 5 pictures have no partner, first {folder}/2.png" in message
 
 
-def test_a_folder_of_images_alone_has_no_masks(tmp_path):
-    folder = save_images(tmp_path, "1.png", "2.png", "12.png")
+@pytest.mark.parametrize(
+    "names", [["1", "2", "12"], ["cat", "cats"], ["a", "a_b", "c"], ["1", "11"], ["x"]]
+)
+def test_a_folder_of_images_alone_has_no_masks(tmp_path, names):
+    folder = save_images(tmp_path, *(f"{name}.png" for name in names))
     message = user_error(check_pairs, pair_up(folder, folder).pairs, DATASET, 8)
-    assert f"{folder}/1.png would be its own mask" in message and "x_mask.png" in message
+    assert f"{folder}/{names[0]}.png would be its own mask" in message and "x_mask.png" in message
 
 
 # ---- In sorted order ----
@@ -143,6 +157,8 @@ def test_a_folder_of_images_alone_has_no_masks(tmp_path):
         (["p1", "p2", "p3"], ["mask 7", "mask 8", "mask 9"]),
         (["1", "2", "3"], ["000000", "000002", "000005"]),
         (["left", "right"], ["1", "2"]),
+        (["1", "2"], ["11", "12"]),
+        (["a", "b"], ["ab_1", "bc_2"]),
     ],
 )
 def test_names_that_tell_nothing_leave_sorted_order(tmp_path, images, masks):
@@ -178,6 +194,11 @@ def test_sorted_order_that_contradicts_names_is_refused(tmp_path, images, masks,
     message = user_error(pair_up, gts, folder)
     assert f"first {gts}/{first[0]}.png with {folder}/{first[1]}.png" in message
     assert "give each mask the name of its image" in message
+
+
+def test_all_images_that_get_another_s_mask_are_counted(tmp_path):
+    gts, masks = folders(tmp_path, ["1", "10", "2"], ["10", "1_b", "2_c"])
+    assert user_error(pair_up, gts, masks).startswith("sorted order would give 2 of 3 images")
 
 
 def test_equal_names_in_other_subfolders_stay_in_sorted_order(tmp_path, recwarn):

@@ -170,6 +170,14 @@ def test_heic_names_the_package_that_reads_it(tmp_path, name, brand):
         assert names == ["y.png"] and f"{name}: a HEIC photo" in warning
 
 
+def test_heic_is_a_picture_where_pillow_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(types, "_decoded", lambda: {"heic": "HEIF", "png": "PNG"})
+    for name in ("a.heic", "b", "c.png"):
+        (tmp_path / name).write_bytes(HEIC)
+    assert listed(tmp_path) == (["a.heic", "b", "c.png"], [])
+    assert types.known_kind("a.heic", HEIC) == ""  # it is damaged
+
+
 def float_tiff(bits: int, samples: int) -> bytes:
     """A TIFF of one pixel, written by hand, because Pillow writes no colours as numbers."""
     entries = [(256, 1), (257, 1), (258, bits), (259, 1), (262, 1 if samples == 1 else 2)]
