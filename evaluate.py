@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from functools import partial
 
 from guided_diffusion.config.errors import exit_status
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
     if arguments.out:
         table.check_out(arguments.out)
     if arguments.paper:

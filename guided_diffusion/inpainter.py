@@ -23,6 +23,7 @@ from guided_diffusion.images.tensors import (
     luma,
     mask_to_tensor,
     paste_known,
+    stretch_mask,
     to_bytes,
 )
 from guided_diffusion.repaint import Denoise, repaint
@@ -196,7 +197,8 @@ class Inpainter(ABC):
             _check_start_pictures(starts, images)
             prepared = [prepare(start, self.image_size) for start in starts]
             picture = torch.stack([image_to_tensor(start) for start in prepared])
-        images, keep_masks = [*map(to_rgb, images)], [*map(to_rgb, keep_masks)]
+        images = [*map(to_rgb, images)]
+        keep_masks = [stretch_mask(to_rgb(mask)) for mask in keep_masks]
         originals = [resize_and_crop(image, self.image_size) for image in images]
         if self.channels == 1:
             originals = [as_grey(original) for original in originals]

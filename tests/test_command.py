@@ -84,9 +84,10 @@ def finished(tmp_path_factory) -> Finished:
 def test_a_run_says_what_it_will_do_and_where_the_results_are(finished):
     result = finished.result
     assert result.status == 0, result.err
-    plan, evaluations, seed, speed, left, results, report = result.out.splitlines()
-    assert plan == "resample: 3 images from gts, masks from masks, batch size 2"
+    plan, evaluations, unguided, seed, speed, left, results, report = result.out.splitlines()
+    assert plan == "resample: 3 images from gts, masks from masks (by name), batch size 2"
     assert evaluations == "5 network evaluations per image, 15 in all"
+    assert unguided == "no guidance: classifier_scale is 4, but there is no classifier_path"
     assert seed == "seed 10 (to repeat this run: --set seed=10)"
     assert speed == "device cpu, fp32"
     assert re.fullmatch(r"about [0-9.e-]+ (s|min) left \([0-9.e-]+ s per evaluation\)", left)
@@ -175,7 +176,7 @@ def test_settings_on_the_command_line_win(case):
         *("--dry-run", "--set", "schedule_jump_params.jump_n_sample=1"),
         *("--set", "data.eval.resample.max_len=1", "--set", "seed=77"),
     )
-    assert "1 image from " in result.out
+    assert "1 of 2 images from " in result.out
     assert "3 network evaluations per image, 3 in all" in result.out
     assert "seed 77 " in result.out
 

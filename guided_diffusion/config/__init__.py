@@ -9,6 +9,7 @@ from guided_diffusion.config.loading import (
 )
 from guided_diffusion.config.schema import (
     CUT,
+    LITTLE,
     AutoencoderConfig,
     ClassifierConfig,
     Config,
@@ -27,6 +28,7 @@ from guided_diffusion.config.schema import (
 
 __all__ = [
     "CUT",
+    "LITTLE",
     "AutoencoderConfig",
     "ClassifierConfig",
     "Config",

@@ -62,6 +62,7 @@ def _pixel_config(file: ConfigFile) -> schema.Config:
         schedule=schedule,
         start_from=file.make(schema.StartConfig) if file.has_section("start_from") else None,
         classifier=classifier if classifier.scale and classifier.path else None,
+        unguided=classifier.missing,
     )
     file.refuse_first(
         diffusion_problems(config.diffusion, schedule),

@@ -104,7 +104,7 @@ def dataset_problems(values: Mapping[str, Any], image_size: int | None) -> Probl
     if fit == "tile" and values.get("data.eval.*.batch_size", "auto") not in ("auto", 1):
         yield "data.eval.*.batch_size", "1 or auto with fit: tile, where windows are a batch"
     gt_path, mask_path = (values.get(f"data.eval.*.{key}") for key in ("gt_path", "mask_path"))
-    if gt_path and mask_path and os.path.realpath(gt_path) == os.path.realpath(mask_path):
+    if gt_path and mask_path and _is_same_file(gt_path, mask_path):
         yield "data.eval.*.mask_path", "masks in a folder of their own, apart from gt_path"
     if values.get("data.eval.*.batch_size") == "auto" and values.get("data.eval.*.drop_last"):
         yield "data.eval.*.drop_last", "false with batch_size auto, or a number as batch_size"
@@ -129,6 +129,12 @@ def folder_problems(
             if _is_among(folder, os.path.realpath(values[source])):
                 name = source.removeprefix("data.eval.*.")
                 yield key, f"a folder apart from {name}, which is input"
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    """A folder is not one: it may hold images and their masks."""
+    is_folder = "://" in path or os.path.isdir(path)
+    return not is_folder and os.path.realpath(path) == os.path.realpath(other)
 
 
 def _is_among(folder: str, source: str) -> bool:

@@ -51,6 +51,7 @@ from guided_diffusion.networks.params import (
 )
 
 CUT = 128  # level of a mask (0 to 255) at which it is cut into black and white, where it is
+LITTLE = 0.2  # of a picture: masks that keep less are often meant the other way round
 
 _Params = TypeVar("_Params")
 
@@ -137,6 +138,15 @@ class ClassifierConfig:
     use_scale_shift_norm: Flag = pixels(True)
     resblock_updown: Flag = pixels(True)
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = pixels("attention")
+
+    @property
+    def missing(self) -> str:
+        """What guidance lacks where only half of it is set, in words; else ""."""
+        if self.scale and not self.path:
+            return f"classifier_scale is {self.scale:g}, but there is no classifier_path"
+        if self.path and not self.scale:
+            return "there is a classifier_path, but classifier_scale is 0"
+        return ""
 
     def params(
         self, image_size: int, in_channels: int = 3, num_classes: int = NUM_CLASSES
@@ -325,6 +335,7 @@ class Config:
     merge_known: Flag = pixels(True)  # merge the known region
     time_shift: Shift = pixels(1)  # going up from t takes beta[t + shift]
     classifier: ClassifierConfig | None  # None = no guidance
+    unguided: str = field(default="", compare=False)  # why, where half of it is set; in words
     cond_y: Label | None = pixels(None)  # None = a random class per image
     show_progress: Flag = aside(True)
     device: Device | None = aside(None)  # None = cuda if there is one, else cpu

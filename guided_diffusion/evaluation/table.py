@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,8 @@ from guided_diffusion.config import UserError
 from guided_diffusion.evaluation import distortion, lpips_files
 from guided_diffusion.evaluation.bootstrap import Estimate, estimate
 from guided_diffusion.images.files import list_images, read_rgb
+from guided_diffusion.images.names import Name, match_names, split_names
+from guided_diffusion.images.pairs import is_same_path
 from guided_diffusion.machine import storage
 
 if TYPE_CHECKING:
@@ -58,11 +61,22 @@ class Pair:
 
 
 def find_pairs(results_dir: str, gt_dir: str, masks_dir: str | None = None) -> list[Pair]:
-    """Which pictures belong together; none is read yet. Raises UserError if one has no partner."""
+    """Which pictures belong together; none is read yet. Raises UserError if one has no partner.
+
+    Results and masks that are called otherwise than the truth pair by name as in a run: x_mask
+    belongs to x if all masks are called so, and may lie beside it.
+    """
     truths = _by_name("truth", gt_dir)
+    if masks_dir and is_same_path(masks_dir, gt_dir):
+        masks = _split(truths, gt_dir)
+        truths = {name: truths[name] for name in masks}
+    else:
+        masks = _partners(truths, _by_name("masks", masks_dir)) if masks_dir else None
     results = _by_name("results", results_dir)
-    masks = _by_name("masks", masks_dir) if masks_dir else None
     groups, strangers = _grouped(results, truths)
+    if strangers or truths.keys() - groups.keys():
+        results = _partners(truths, results)
+        groups, strangers = _grouped(results, truths)
     _refuse(strangers, "results", results_dir, "no truth in", gt_dir)
     _refuse(truths.keys() - groups.keys(), "truth", gt_dir, "no result in", results_dir)
     if masks is not None:
@@ -82,11 +96,44 @@ def _by_name(what: str, folder: str) -> dict[str, str]:
         raise UserError(f"{what}: {folder} is a file; give the folder that it is in")
     by_name: dict[str, str] = {}
     for path in paths:
-        name = path[len(folder.rstrip("/")) + 1 :].rpartition(".")[0]
+        name = path[len(folder.rstrip("/")) + 1 :]
+        name = name[: -len(PurePath(name).suffix) or None]
         if name in by_name:
             raise UserError(f"{what}: {by_name[name]} and {path} have the same name; remove one")
         by_name[name] = path
     return by_name
+
+
+def _split(pictures: dict[str, str], folder: str) -> dict[str, str]:
+    """Name of a truth -> its mask in the same folder. Raises UserError."""
+    names = list(pictures)
+    split = split_names([_name(name) for name in names])
+    if split is None:
+        raise UserError(
+            f"masks: {folder} is the folder of the truth too, and no picture there is called after "
+            "another, as x_mask.png after x.png; give the folder of the masks"
+        )
+    mask_of, _ = split
+    _refuse(
+        {*names} - {names[i] for pair in mask_of.items() for i in pair},
+        "truth and masks",
+        folder,
+        "no partner in",
+        folder,
+    )
+    return {names[truth]: pictures[names[mask]] for truth, mask in sorted(mask_of.items())}
+
+
+def _partners(truths: dict[str, str], others: dict[str, str]) -> dict[str, str]:
+    """The others under the names of their truths, if names tell; else as they are."""
+    paths = list(others.values())
+    match = match_names([_name(name) for name in truths], [_name(name) for name in others])
+    return {t: paths[i] for t, i in zip(truths, match.order, strict=True)} if match else others
+
+
+def _name(name: str) -> Name:
+    folder, _, stem = name.rpartition("/")
+    return folder, stem
 
 
 def _grouped(

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
-from guided_diffusion.config import CUT, DatasetConfig, UserError
+from guided_diffusion.config import CUT, LITTLE, DatasetConfig, UserError
 from guided_diffusion.images.files import Decoded, InputFile, resize_and_crop
 from guided_diffusion.images.metadata import looks_otherwise
 from guided_diffusion.images.pairs import Pair, PairFiles
 from guided_diffusion.images.regions import cut_keep, find_regions, keep_of
-from guided_diffusion.images.tensors import decode_mask
+from guided_diffusion.images.tensors import decode_mask, levels_near, stretch_mask
 from guided_diffusion.images.tiles import find_tiles, is_wide, padded
 
 Size = tuple[int, int]  # width, height
 
 COLOUR = 16  # levels of 255 between red, green and blue, up to which a pixel is grey
 LARGE = 2**20  # pixels of a picture above which attention over all of it takes most of the time
-LITTLE = 0.2  # of a picture: masks that keep less are often meant the other way round
 # Of each convention: the other one, and what white means there.
 CONVENTIONS = {"keep": ("fill", "fill in"), "fill": ("keep", "keep")}
 
@@ -38,6 +37,7 @@ class _Mask:
     hole: int = 0  # with fit: region, the longest side of the largest hole
     windows: int = 0  # with fit: tile, over all holes
     wide: frozenset[str] = frozenset()  # with fit: tile, keys of _WIDE
+    stretched: tuple[int, int, int] | None = None  # from, to, and of how much, in the file
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,15 @@ _WARNINGS = {
     "dim": (
         "are nowhere brighter than half of 255, so that nothing is kept as it is; if 1 means keep "
         "in your masks, multiply them by 255"
+    ),
+    "dim16": (
+        "are nowhere brighter than half of the 65,535 that is white in their 16 bits, so that "
+        "nothing is kept as it is; if 255 means keep in your masks, multiply them by 257"
+    ),
+    "layer": (
+        "have one colour all over and their shape in the transparency, which is not read; python "
+        "-m guided_diffusion.masks from-alpha makes masks that keep what is opaque, and masks "
+        "invert turns them round where what you painted is to be filled in"
     ),
     "hidden": (
         "keep no spot as large as a pixel of the network's {S}x{S}, which therefore sees nothing "
@@ -138,12 +147,17 @@ class PairChecks:
             yield "profile"
 
     def _inspect_mask(self, file: InputFile) -> _Mask:
-        mask = decode_mask(file, self.dataset.mask_convention)
+        convention = self.dataset.mask_convention
+        mask, stretched = decode_mask(file, convention), None
         if self.dataset.fit == "region":
-            return _inspect_photo_mask(mask, self.image_size)
-        if self.dataset.fit == "tile":
-            return _inspect_tiled_mask(mask, self.image_size)
-        return _inspect_mask(mask, self.image_size, self.cut)
+            found = _inspect_photo_mask(mask, self.image_size)
+        elif self.dataset.fit == "tile":
+            found = _inspect_tiled_mask(mask, self.image_size)
+        else:
+            if not self.cut and levels_near(mask, convention):
+                mask, stretched = stretch_mask(mask, convention), _levels_of_file(file)
+            found = _inspect_mask(mask, self.image_size, self.cut)
+        return replace(found, kind=_kind_of_file(file, found.kind), stretched=stretched)
 
     def fits(self, found: Found) -> bool:
         """Whether mask and start picture are as large as they must be."""
@@ -154,14 +168,14 @@ class PairChecks:
         """Warn of what was found, one line a kind.
 
         That is: images of which results lose something; masks in grey (unless they are cut into
-        black and white) or in colour, masks that are dim all over, that keep everything, nothing or
-        little, and masks that are not as large as their image; with fit: region, holes that are
-        larger than the network's square, and masks that leave the network nothing to see; with
-        fit: tile, holes that are wider than two windows or most of a photo; without an image_size,
-        pictures that are large.
-        Raises UserError that names the first file that cannot be read, or that has not the size of
-        its image, where it must: a picture to start from, and, with fit: region or tile or without
-        an image_size, a mask.
+        black and white) or in colour, masks that are dim all over, nearly white, in a transparent
+        layer, that keep everything, nothing or little, and masks that are not as large as their
+        image; with fit: region, holes that are larger than the network's square, and masks that
+        leave the network nothing to see; with fit: tile, holes that are wider than two windows or
+        most of a photo; without an image_size, pictures that are large.
+        Raises UserError that names the first file that cannot be read, that is an image and its own
+        mask, or that has not the size of its image, where it must: a picture to start from, and,
+        with fit: region or tile or without an image_size, a mask.
         """
         errors = list(dict.fromkeys(str(e) for e in found.values() if isinstance(e, UserError)))
         if errors:
@@ -172,10 +186,12 @@ class PairChecks:
 
     def _messages(self, found: Mapping[Pair, Found]) -> Iterator[str]:
         """Warnings. Raises UserError."""
+        _check_apart(found)
         _check_starts(found)
         yield from _losses(found)
         masks = {pair.mask_path: each.mask for pair, each in found.items()}
         yield from _mask_kinds(masks, self.image_size, "gt_path and mask_path")
+        yield from _stretched_masks(masks)
         other, means = CONVENTIONS[self.dataset.mask_convention]
         yield from _convention_warnings(masks, means, f"set mask_convention: {other}")
         yield from _unequal_sizes(found, self.needs_sizes)
@@ -219,6 +235,28 @@ def _inspect_tiled_mask(mask: Image.Image, image_size: int) -> _Mask:
     return _Mask(mask.size, kind, kept, len(parts), windows=windows, wide=frozenset(wide))
 
 
+def _levels_of_file(file: InputFile) -> tuple[int, int, int]:
+    """The darkest and the brightest level, and the one that is white."""
+    picture = file.upright()
+    if picture.mode.startswith("I"):
+        return int(np.min(picture)), int(np.max(picture)), 65535
+    picture = file.rgb()
+    return int(np.min(picture)), int(np.max(picture)), 255
+
+
+def _kind_of_file(file: InputFile, kind: str) -> str:
+    """The kind of a mask, more precisely where its pixels alone look empty."""
+    if kind not in ("black", "white", "dim"):
+        return kind
+    picture = file.upright()
+    if picture.has_transparency_data:
+        alpha = np.asarray(picture.convert("RGBA"))[..., 3]
+        return kind if alpha.min() == alpha.max() else "layer"
+    if picture.mode.startswith("I") and 0 < np.max(picture) < 2**15:
+        return "dim16"
+    return kind
+
+
 def _is_coloured(mask: Image.Image) -> bool:
     """More than what JPEG does to black and white."""
     lowest, highest = np.asarray(mask).min(axis=2), np.asarray(mask).max(axis=2)
@@ -234,6 +272,28 @@ def _kind(values: np.ndarray, used: np.ndarray) -> str:
     if used.min() == used.max():
         return "white" if used.max() else "black"
     return "binary"
+
+
+def _stretched_masks(masks: Mapping[str, _Mask]) -> Iterator[str]:
+    near = [path for path, mask in masks.items() if mask.stretched and mask.kind != "coloured"]
+    if near:
+        low, high, white = masks[near[0]].stretched
+        yield (
+            f"{len(near)} of {len(masks)} masks, first {near[0]}, have values from {low:,} to "
+            f"{high:,}, where white is {white:,}: nearly white is taken as white, and all values "
+            "are stretched to fit"
+        )
+
+
+def _check_apart(pairs: Iterable[Pair]) -> None:
+    """Raises UserError where an image is its own mask, as in a folder of images alone."""
+    same = [pair.image_path for pair in pairs if pair.image_path == pair.mask_path]
+    if same:
+        raise UserError(
+            f"gt_path and mask_path are the same, so that {same[0]} would be its own mask: put "
+            "masks in a folder of their own, or, in the same one, call them after their images, "
+            "as x_mask.png for x.png"
+        )
 
 
 def _check_starts(found: Mapping[Pair, Found]) -> None:

@@ -12,17 +12,17 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePath
 from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from guided_diffusion.config import UserError
+from guided_diffusion.images import types
 from guided_diffusion.images.metadata import (
     NOTHING,
     Kept,
@@ -34,7 +34,6 @@ from guided_diffusion.images.metadata import (
 )
 from guided_diffusion.machine import storage
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 MOST_PIXELS = 400_000_000  # of a picture: twice those of the largest photos of telephones
 DARK = 64  # level of 255 that 16-bit pictures should reach: with 12 bits in 16, they reach 16
 
@@ -59,27 +58,62 @@ def _how_to_get(path: str) -> str:
 
 
 def list_images(key: str, path: str) -> list[str]:
-    """The images that a path stands for; `key` is the config key that the path came from."""
+    """The images that a path stands for, sorted; `key` is the config key that it came from.
+
+    Of a folder, all that Pillow decodes, whatever their names. Warns of the other visible files.
+    Raises UserError if there is none.
+    """
     try:
         if not storage.exists(path):
             raise UserError(f"{key}: no such file or folder: {path}{_how_to_get(path)}")
         if not storage.is_dir(path):
             return [path]
-        files = storage.list_files(path)
+        files = [file for file in storage.list_files(path) if not _is_litter(file, path)]
     except OSError as error:
         raise UserError(f"{key}: cannot read {path}: {reason(error)}") from error
-    images = [file for file in files if is_image_name(file)]
+    starts = {file: _start(file) for file in files if not types.is_image_name(file)}
+    others = {file: start for file, start in starts.items() if not types.is_image(file, start)}
+    left_out = _left_out(path, others)
+    images = [file for file in files if file not in others]
     if not images:
         raise UserError(
             f"{key}: no images in folder {path} or its subfolders; "
-            f"accepted types: {', '.join(IMAGE_TYPES)}"
+            f"accepted types: {types.ACCEPTED}{left_out and '; ' + left_out}"
         )
+    if left_out:
+        warnings.warn(f"{key} {path}: {left_out}", UserWarning, stacklevel=2)
     return images
 
 
-def is_image_name(path: str) -> bool:
-    """Whether a file of this name is taken for a picture."""
-    return PurePath(path).suffix.lower().removeprefix(".") in IMAGE_TYPES
+def _is_litter(path: str, folder: str) -> bool:
+    """Whether a file system, not a person, put it there."""
+    *parents, name = path[len(folder) :].split("/")
+    return "__MACOSX" in parents or name.lower() in ("thumbs.db", "desktop.ini", "icon\r")
+
+
+def _start(path: str) -> bytes:
+    """The first bytes of a file whose name is not that of a picture; none where they can't help."""
+    try:
+        return storage.read_start(path, types.START) if types.may_be_image(path) else b""
+    except OSError:  # a link to nowhere, or nobody's to read
+        return b""
+
+
+def _left_out(folder: str, others: Mapping[str, bytes]) -> str:
+    """In words. others: path -> first bytes of the files that are no pictures."""
+    by_kind: dict[str, list[str]] = {}
+    for file, start in others.items():
+        by_kind.setdefault(types.known_kind(file, start), []).append(file)
+    return "; ".join(_left_out_kind(folder, *each) for each in by_kind.items())
+
+
+def _left_out_kind(folder: str, kind: str, files: Sequence[str]) -> str:
+    number, what = f"{len(files):,} files are", kind or "no pictures"
+    if len(files) == 1:
+        number, what = "1 file is", kind or "no picture"
+    name = files[0][len(folder) :].lstrip("/")
+    first = f"first {name}" if files[1:] else name
+    return f"{number} left out, {first}: {what}"
 
 
 # ---- Read and prepared ----
@@ -182,7 +216,7 @@ class InputFile:
         except UserError:
             raise
         except Exception as error:  # Pillow reports damaged files by many unrelated types
-            raise _unreadable(self.path, error) from error
+            raise _unreadable(self.path, error, self.data) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +320,11 @@ def _turned(image: Image.Image, orientation: object) -> Image.Image:
     return image.transpose(turns[orientation]) if is_known else image
 
 
-def _unreadable(path: str, error: Exception) -> UserError:
+def _unreadable(path: str, error: Exception, data: bytes = b"") -> UserError:
+    """data: of the file, as far as it could be read."""
+    kind = types.known_kind(path, data) if isinstance(error, Image.UnidentifiedImageError) else ""
+    if kind:
+        return UserError(f"cannot read image {path}: it is {kind}")
     return UserError(f"cannot read image {path}: {reason(error)}; replace or remove the file")
 
 

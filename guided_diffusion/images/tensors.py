@@ -32,6 +32,39 @@ def luma(x: torch.Tensor) -> torch.Tensor:
     return green + 0.299 * (red - green) + 0.114 * (blue - green)
 
 
+# Levels of 255 from black and white that still mean them: video has 16 and 235, or 234 where
+# 16 bits, 256 times as much, became 8.
+NEAR = 21
+
+
+def levels_near(mask: Image.Image, convention: str) -> tuple[int, int] | None:
+    """The levels of a mask, of 255, that stand for black and white; None: these themselves do.
+
+    mask: as decoded, white = keep. A black that is merely near counts only where white is, too, or
+    where the file's white, inverted, gave it.
+    """
+    lows, highs = zip(*mask.getextrema(), strict=True)
+    low, high = min(lows), max(highs)
+    is_white, is_black = 255 - NEAR <= high < 255, 0 < low <= NEAR < high
+    if is_white or (is_black and high == 255 and convention == "fill"):
+        return low if is_black else 0, high
+    return None
+
+
+def stretch_mask(mask: Image.Image, convention: str = "keep") -> Image.Image:
+    """A mask whose white is nearly white, with all values scaled so that it is white (255).
+
+    Else nothing would be known. 254 comes from conversions of colour ranges, 235 from video, 65,280
+    of 65,535 from 8 bits that became 16. mask: RGB, as decoded.
+    """
+    near = levels_near(mask, convention)
+    if near is None:
+        return mask
+    low, high = near
+    levels = (np.arange(256) - low) * 255 / (high - low)
+    return mask.point([*np.rint(levels.clip(0, 255)).astype(int)] * 3)
+
+
 def image_to_tensor(prepared: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) -> float32 (3, H, W) in [-1, 1]."""
     return _channels_first(prepared.astype(np.float32) / 127.5 - 1)

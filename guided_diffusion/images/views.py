@@ -4,8 +4,9 @@ With `fit: crop`, the network sees the centre square, as in the original, or, wi
 the picture as it is; with `fit: region`, a square around each hole of a photo, see `regions`; with
 `fit: tile`, many windows over the holes of a photo at its own resolution, see `tiles`.
 
-Networks of pixels take masks as they are. Latent diffusion knows only black and white: it fills in
-what is darker than CUT, and all else comes out as the image's own bytes.
+Networks of pixels take masks as they are, but for a white that is only nearly white. Latent
+diffusion knows only black and white: it fills in what is darker than CUT, and all else comes out as
+the image's own bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from guided_diffusion.images.regions import (
     keep_of,
     paste,
 )
-from guided_diffusion.images.tensors import decode_mask, image_to_tensor, mask_to_tensor, to_bytes
+from guided_diffusion.images.tensors import (
+    decode_mask,
+    image_to_tensor,
+    mask_to_tensor,
+    stretch_mask,
+    to_bytes,
+)
 from guided_diffusion.images.tiles import Tiles, find_tiles, padded
 
 
@@ -236,6 +243,8 @@ def decode_pair(
         kind = {"region": Photo, "tile": TiledPhoto}[dataset.fit]
         start = start and np.asarray(start)
         return kind(np.asarray(image), keep_of(mask), image_size, start, kept)
+    if known_from != CUT:
+        mask = stretch_mask(mask, dataset.mask_convention)
     pictures = [image, mask, *([start] if start else [])]
     prepared = [resize_and_crop(picture, image_size) for picture in pictures]
     image, mask, *starts = map(np.fliplr, prepared) if flip else prepared

@@ -115,6 +115,38 @@ def open_binary(path: str) -> BinaryIO:
     return file
 
 
+def read_start(path: str, size: int) -> bytes:
+    """The first bytes of a file; of a remote one, no more than these are fetched. Raises OSError.
+
+    What is not a plain file, such as a pipe, has none.
+    """
+    if not is_remote(path):
+        if not os.path.isfile(path):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(size)
+    with _blob_store(path) as store, store.BlobFile(path, "rb", streaming=True) as blob:
+        return blob.read(size)
+
+
+def name_limit(folder: str) -> int:
+    """The longest name of a file in a folder, or where it will be created; see `name_length`."""
+    if is_remote(folder):
+        return 1024  # of a blob's whole path
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        return os.pathconf(existing, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # not on Windows
+        return 255
+
+
+def name_length(name: str) -> int:
+    """Of a file's name as file systems count: bytes, or, on Windows, letters."""
+    return len(name) if os.name == "nt" else len(os.fsencode(name))
+
+
 def file_digest(path: str) -> tuple[int, str]:
     """Size and SHA-256 of a file. Raises OSError."""
     size, digest = 0, hashlib.sha256()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,14 +14,15 @@ from pathlib import PurePath
 import numpy as np
 from PIL import Image, ImageColor
 
-from guided_diffusion.config.errors import UserError, exit_status
+from guided_diffusion.config import LITTLE, UserError
+from guided_diffusion.config.errors import exit_status
 from guided_diffusion.images.files import (
     encode_png,
-    is_image_name,
     list_images,
     read_rgb,
     read_upright,
 )
+from guided_diffusion.images.types import is_image_name
 from guided_diffusion.machine import storage
 from guided_diffusion.masks import edits
 from guided_diffusion.masks.kinds import KINDS, SIDES, check_name, check_size, draw_mask, mask_rng
@@ -83,10 +85,11 @@ def main() -> int:
 
 
 def _run() -> None:
+    warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
     arguments = parse_arguments(sys.argv[1:])
     targets, masks = (_draw if arguments.command in KINDS else _edit)(arguments)
     _check_free(targets, arguments.out, arguments.overwrite)
-    _write(targets, masks, arguments.out)
+    _write(targets, masks, arguments)
 
 
 # ---- The command line ----
@@ -297,16 +300,23 @@ def _check_free(targets: list[str], out: str, overwrite: bool) -> None:
         )
 
 
-def _write(targets: list[str], masks: Masks, out: str) -> None:
+def _write(targets: list[str], masks: Masks, arguments: argparse.Namespace) -> None:
     """Every mask is made before the first is written."""
-    kept, files = 0.0, []
+    kept, files, out = [], [], arguments.out
     for mask in masks:
-        kept += mask.mean() / 255
+        kept.append(mask.mean() / 255)
         files.append(encode_png(mask))
     with storage.writing(out, key="OUT"), ThreadPoolExecutor(WRITERS) as writers:
         list(writers.map(storage.write_atomically, targets, files))
     number = "1 mask" if len(files) == 1 else f"{len(files):,} masks"
-    print(f"written: {out}, {number}; {kept / len(files):.1%} of the pixels are kept")
+    print(f"written: {out}, {number}; {sum(kept) / len(files):.1%} of the pixels are kept")
+    little = [target for target, share in zip(targets, kept, strict=True) if share < LITTLE]
+    if little and arguments.command == "from-alpha":
+        print(
+            f"{len(little):,} of {len(files):,}, first {little[0]}, keep little: what is opaque is "
+            "kept, what is transparent is filled in; if you painted what is to be filled in, turn "
+            f"them round: {PROGRAM} invert {out} ANOTHER"
+        )
 
 
 if __name__ == "__main__":

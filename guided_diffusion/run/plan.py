@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -17,13 +18,13 @@ import torch
 
 from guided_diffusion.config import Config, DatasetConfig, UserError
 from guided_diffusion.images.checks import Found, PairChecks
-from guided_diffusion.images.pairs import Pair, PairFiles, find_pairs, for_each_pair
+from guided_diffusion.images.pairs import Pair, PairFiles, for_each_pair, pair_up
 from guided_diffusion.images.tensors import flip_decision
 from guided_diffusion.machine import storage
 from guided_diffusion.machine.ranks import Team, restarted
 from guided_diffusion.run.recipe import Recipe
 from guided_diffusion.run.records import History, Origin, Records, beside
-from guided_diffusion.scheduler import count_evaluations, describe_levels
+from guided_diffusion.scheduler import count_evaluations, describe_levels, times_of
 from guided_diffusion.speed.choice import Speed
 
 MAX_SEED = 2**31 - 1  # of seeds drawn afresh: short enough to type
@@ -61,6 +62,8 @@ class Plan:
     run: int  # a number that no earlier run of this folder has
     done: frozenset[str]  # names of results that are there already
     redo: dict[str, str]  # names of results that are there, but do not count, and why
+    found: int  # images, also those that offset, max_len or drop_last leave out
+    pairing: str  # how masks were found for images, in words; "": one serves all
     digest: str = ""  # of the settings; "": not yet settled
 
     @property
@@ -132,13 +135,14 @@ class Plan:
         measured = d.batch_size == "auto" and self.batch_size != "auto"
         each = f", {samples} samples of each" if samples > 1 else ""
         lines = [
-            f"{self.config.name}: {counted(self.images, 'image')} from {d.gt_path}, "
-            f"masks from {d.mask_path}{each}, "
+            f"{self.config.name}: {self._share()} from {d.gt_path}, "
+            f"masks from {d.mask_path}{self.pairing and f' ({self.pairing})'}{each}, "
             f"batch size {self.batch_size}{' (auto)' * measured}",
             f"{counted(self.evaluations, 'network evaluation')} per "
             f"{self.view_noun}, {self.total_evaluations:,} in all{self._regions()}",
             *self._windows(),
             *([describe_levels(self.config)] if self.config.langevin else []),
+            *self._left_undone(),
             *([f"starts from {self.start}, not from pure noise"] if self.start else []),
             f"seed {seed} (to repeat this run: --set seed={seed})",
             f"device {device}, {speed.describe()}",
@@ -146,11 +150,27 @@ class Plan:
         ]
         return "\n".join(lines)
 
+    def _left_undone(self) -> Iterator[str]:
+        """What a reader of the config may believe in vain."""
+        schedule, start = self.config.schedule, self.config.start_from
+        if schedule and not any(u > t for t, u in pairwise(times_of(self.config))):
+            steps = f"start_from.t is {start.t}" if start else f"t_T is {schedule.t_T}"
+            few = f"{steps} and jump_length {schedule.jump_length}"
+            why = "jump_n_sample is 1" if schedule.jump_n_sample == 1 else few
+            yield f"nothing is resampled, as the schedule makes no jump: {why}"
+        if self.config.unguided:
+            yield f"no guidance: {self.config.unguided}"
+
     @property
     def start(self) -> str:
         """What sampling starts from in place of pure noise, in words; "" if it does not."""
         start = self.config.start_from
         return f"{start.path or 'the images themselves'}, noised to t = {start.t}" if start else ""
+
+    def _share(self) -> str:
+        """How many images there are to make, and of how many."""
+        all_of_them = counted(self.found, "image")
+        return all_of_them if self.images == self.found else f"{self.images:,} of {all_of_them}"
 
     def _regions(self) -> str:
         if self.dataset.fit != "region":
@@ -246,9 +266,10 @@ def make_plan(
     """
     dataset = config.dataset
     recipe.start_hashing()
-    pairs = find_pairs(
+    pairing = pair_up(
         dataset.gt_path, dataset.mask_path, dataset.offset, dataset.max_len, config.start_path
     )
+    pairs = pairing.pairs
     for folder in [dataset.inpainted_dir, *companion_folders(dataset)]:
         advice = "change `paths` in the config, or the folder's permissions"
         with storage.writing(f"in the output folder {folder}", advice):
@@ -268,7 +289,7 @@ def make_plan(
         tasks = _whole_batches(tasks, size, config.source)
     _warn_of_others(earlier.sizes.keys() - {task.name for task in tasks}, dataset.inpainted_dir)
     reasons = {task.name: earlier.why_again(task) for task in tasks}
-    return Plan(
+    plan = Plan(
         config=config,
         tasks=tasks,
         evaluations=count_evaluations(times),
@@ -276,7 +297,36 @@ def make_plan(
         run=history.run + 1,
         done=frozenset(name for name, reason in reasons.items() if reason == ""),
         redo={name: reason for name, reason in reasons.items() if reason},
+        found=pairing.images,
+        pairing=pairing.rule,
     )
+    _check_names(plan)
+    return plan
+
+
+def _check_names(plan: Plan) -> None:
+    """Raises UserError where the file system has no room for the name of what a run writes."""
+    room = cache(storage.name_limit)
+    for task in plan.tasks:
+        for folder, name in _written(plan, task):
+            longest = max(map(storage.name_length, name.split("/")))
+            if longest > room(folder):
+                raise UserError(
+                    f"the name of {task.pair.image_path} is too long: one that is made of it would "
+                    f"have {longest} bytes, and in {folder} at most {room(folder)} fit; rename the "
+                    "image"
+                )
+
+
+def _written(plan: Plan, task: Task) -> Iterator[tuple[str, str]]:
+    """Folder and name of the files that a run makes of a task, but for those of fixed names."""
+    yield plan.dataset.inpainted_dir, task.name
+    yield from ((folder, task.pair.name) for folder in companion_folders(plan.dataset))
+    if plan.config.log_every:
+        from guided_diffusion.output.film import FilmLog  # most runs show nothing of sampling
+
+        film = FilmLog("", every=1, times=(), noise_levels=())
+        yield from ((plan.film_dir, film.animation(name)) for name in task.film_names)
 
 
 def _seed(config: Config, history: History, overwrite: bool) -> int:

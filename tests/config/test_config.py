@@ -265,6 +265,7 @@ def test_defaults(write):
         "sampler": "repaint",
         "langevin": None,
         "classifier": None,
+        "unguided": "",
         "cond_y": None,
         "show_progress": True,
         "device": None,
@@ -1457,3 +1458,27 @@ def test_the_hint_for_large_photos_works(write):
     text = (CONFS / "ldm_inpainting.yml").read_text().replace("# fit: region", "fit: region")
     config = load_config(write(text), ["image_size=512"])
     assert (config.dataset.fit, config.image_size) == ("region", 512)
+
+
+@pytest.mark.parametrize(("path", "refused"), [("there", False), ("gs://b/x", False), ("no", True)])
+def test_a_folder_may_hold_images_and_masks(write, tmp_path, monkeypatch, path, refused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    keys = [f"data.eval.faces.{key}={path}" for key in ("gt_path", "mask_path")]
+    if refused:
+        assert "masks in a folder of their own" in refusal(load_config, write(USERS_FILE), keys)
+    else:
+        assert load_config(write(USERS_FILE), keys).dataset.mask_path == path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ([], "classifier_scale is 4, but there is no classifier_path"),
+        (["classifier_scale=0"], ""),
+        (["classifier_scale=0", "classifier_path=c.pt"], "classifier_scale is 0"),
+    ],
+)
+def test_half_of_guidance_is_kept_in_words(write, overrides, why):
+    unguided = load_config(write(USERS_FILE), overrides).unguided
+    assert unguided.endswith(why) and bool(unguided) == bool(why)

@@ -279,6 +279,46 @@ def test_slashes_behind_a_folder_do_not_count(case):
     assert [pair.name for pair in find_pairs("results//", "gt/")] == ["s/a"]
 
 
+AFFIXES = ["{}_mask", "mask-{}", "{}_mask001"]
+
+
+@pytest.mark.parametrize("affix", AFFIXES)
+def test_masks_pair_by_the_same_rule_as_in_a_run(case, affix):
+    names = [str(number) for number in range(12)]
+    for name in names:
+        save(Path(f"gt/{name}.jpg"), 100)
+        save(Path(f"results/{name}.png"), 100)
+        save(Path(f"masks/{affix.format(name)}.png"), 100)
+        save(Path(f"both/{name}.png"), 100)
+        save(Path(f"both/{affix.format(name)}.png"), 100)
+    for truths, masks in (("gt", "masks"), ("both", "both"), ("both", "both/")):
+        pairs = find_pairs("results", truths, masks)
+        assert {pair.name: Path(pair.mask).stem for pair in pairs} == {
+            name: affix.format(name) for name in names
+        }
+        assert all(Path(pair.results[0]).stem == pair.name for pair in pairs)
+        assert all(Path(pair.truth).stem == pair.name for pair in pairs)
+
+
+def test_accents_and_capital_letters_of_other_systems_do_not_part_pairs(case):
+    for folder, name in (("gt", "e\u0301"), ("results", "\u00e9"), ("masks", "\u00c9")):
+        save(Path(f"{folder}/{name}.png"), 100)
+        save(Path(f"{folder}/z.png"), 100)
+    pairs = find_pairs("results", "gt", "masks")
+    assert [(Path(p.results[0]).stem, Path(p.mask).stem) for p in pairs][0] == ("\u00e9", "\u00c9")
+
+
+def test_a_folder_without_masks_is_none_of_masks(case):
+    save(Path("gt/a.png"), 100)
+    save(Path("results/a.png"), 100)
+    with pytest.raises(UserError, match="no picture there is called after another"):
+        find_pairs("results", "gt", "gt")
+    save(Path("gt/a_mask.png"), 100)
+    save(Path("gt/b.png"), 100)
+    with pytest.raises(UserError, match="1 picture has no partner in gt: b"):
+        find_pairs("results", "gt", "gt")
+
+
 # ---- LPIPS and diversity, with a network that sees grey levels ----
 
 

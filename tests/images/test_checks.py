@@ -35,7 +35,7 @@ def test_good_pairs_pass_silently(tmp_path):
 
 
 def test_grey_masks_are_counted_in_one_warning(tmp_path):
-    pairs = pairs_with_masks(tmp_path, [0, 255], [0, 254], [0, 128])
+    pairs = pairs_with_masks(tmp_path, [0, 255], [0, 200], [0, 128])
     (message,) = messages_of(pairs)
     assert message.startswith(f"2 of 3 masks, first {pairs[1].mask_path}, have values between 0")
     assert "save images and masks at 8x8, masks black and white" in message
@@ -125,6 +125,105 @@ def test_samples_of_an_image_are_one_image(tmp_path):
     pair = photo_pair(tmp_path, (200, 100), (150, 20, 190, 70))
     with pytest.warns(UserWarning, match="1 of 1 photos have holes"):
         assert check_pairs([pair, pair, pair], REGION, 32) == [1, 1, 1]
+
+
+# ---- What is nearly white, and where a mask is ----
+
+
+def save_values(path: str, levels: list[int], dtype: str = "uint8") -> None:
+    """A mask of 8x8 whose columns repeat the given levels, of 8 or 16 bits."""
+    Image.fromarray(np.resize(np.array(levels, dtype), (8, 8))).save(path)
+
+
+NEARLY_WHITE = {  # levels of the file -> what they mean
+    "254": ("uint8", [0, 254], [0, 255]),
+    "JPEG": ("uint8", [3, 252, 251], [0, 255, 254]),
+    "video": ("uint8", [16, 235], [0, 255]),
+    "235": ("uint8", [0, 235], [0, 255]),
+    "soft": ("uint8", [0, 127, 254], [0, 127, 255]),  # 127 * 255 / 254 = 127.5, to the even 128
+    "all over": ("uint8", [254], [255]),
+    "8 bits in 16": ("uint16", [0, 65280], [0, 255]),
+    "254 in 16": ("uint16", [0, 254 * 257], [0, 255]),
+    "video in 16": ("uint16", [16 << 8, 235 << 8], [0, 255]),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY_WHITE)
+@pytest.mark.parametrize("known_from", [None, 255])
+def test_nearly_white_is_white_with_one_line(tmp_path, name, known_from):
+    dtype, levels, meant = NEARLY_WHITE[name]
+    (pair,) = pairs_with_masks(tmp_path, [0])
+    save_values(pair.mask_path, levels, dtype)
+    picture = load_pair(pair, DATASET, 8, known_from=known_from)
+    expected = np.resize(np.array(meant), 8)
+    assert np.abs(picture.mask[0, :, 0].astype(int) - expected).max() <= 1
+    assert (picture.mask[0, :, 0] == 255).tolist() == (expected == 255).tolist()
+    message, *others = [m for m in messages_of([pair]) if "nearly white is taken as white" in m]
+    white = 255 if dtype == "uint8" else 65535
+    numbers = f"from {min(levels):,} to {max(levels):,}, where white is {white:,}"
+    assert message.startswith(f"1 of 1 masks, first {pair.mask_path}, have values {numbers}")
+    assert not others
+
+
+def test_the_case_of_a_mask_of_254(tmp_path):
+    """With paste_known, all known pixels are the image's own bytes."""
+    (pair,) = pairs_with_masks(tmp_path, [0, 254])
+    picture = load_pair(pair, DATASET, 8, known_from=255)
+    finished, original = picture.finish([np.full((8, 8, 3), 7, np.uint8)]), np.asarray(noise(8, 8))
+    np.testing.assert_array_equal(finished[:, 1::2], original[:, 1::2])
+    assert (finished[:, ::2] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("levels", "meant"), [([254, 0], [0, 255]), ([235, 16], [0, 255]), ([255, 16], [0, 255])]
+)
+def test_nearly_white_and_black_where_white_means_fill_in(tmp_path, levels, meant):
+    (pair,) = pairs_with_masks(tmp_path, levels)
+    picture = load_pair(pair, FILL, 8)
+    assert picture.mask[0, :, 0].tolist() == meant * 4
+    assert sum("nearly white" in message for message in messages_of([pair], dataset=FILL)) == 1
+
+
+@pytest.mark.parametrize("levels", [[0, 255], [5, 255], [0, 128], [0, 230], [0, 1], [0, 200, 255]])
+def test_other_levels_stay_as_they_are(tmp_path, levels):
+    (pair,) = pairs_with_masks(tmp_path, levels)
+    assert load_pair(pair, DATASET, 8).mask[0, : len(levels), 0].tolist() == levels
+    assert not any("nearly white" in message for message in messages_of([pair]))
+
+
+def test_masks_that_are_cut_need_no_stretching(tmp_path):
+    pairs = pairs_with_masks(tmp_path, [0, 254, 127, 0])  # stretched, 127 would be kept
+    assert messages_of(pairs, dataset=REGION) == messages_of(pairs, known_from=128) == []
+    assert not load_pair(pairs[0], REGION, 8).keep[:, 2].any()
+
+
+@pytest.mark.parametrize("brightest", [1, 255, 30000])
+def test_masks_of_16_bits_are_judged_by_their_own_values(tmp_path, brightest):
+    (pair,) = pairs_with_masks(tmp_path, [0])
+    save_values(pair.mask_path, [0, brightest], "uint16")
+    for dataset in (DATASET, REGION):
+        (message,) = messages_of([pair], dataset=dataset)
+        assert "nowhere brighter than half of the 65,535" in message
+        assert message.endswith("if 255 means keep in your masks, multiply them by 257")
+
+
+def test_masks_in_a_transparent_layer_name_the_command(tmp_path):
+    """Black strokes on nothing, white with the mask in alpha, grey ones; and what is no layer."""
+    (pair,) = pairs_with_masks(tmp_path, [0])
+    alpha = Image.fromarray(np.resize(np.array([0, 255, 255], np.uint8), (8, 8)))
+    for level in (0, 255, 30):
+        for mode in ("LA", "RGBA"):
+            layer = Image.new("L", (8, 8), level).convert(mode)
+            layer.putalpha(alpha)
+            layer.save(pair.mask_path)
+            for dataset in (DATASET, REGION):
+                (message,) = messages_of([pair], dataset=dataset)
+                assert "shape in the transparency" in message and "from-alpha" in message
+    strokes = Image.merge("LA", (alpha, alpha))  # what is drawn is there without its alpha
+    strokes.save(pair.mask_path)
+    assert messages_of([pair]) == []
+    Image.new("LA", (8, 8), (0, 255)).save(pair.mask_path)
+    assert "keep nothing (black all over)" in messages_of([pair])[0]
 
 
 # ---- What white means in a mask ----

@@ -339,6 +339,21 @@ def test_growing_and_shrinking_that_make_no_sense(edit, words):
 # ---- The command: what it writes ----
 
 
+@pytest.mark.parametrize(("opaque", "little"), [(1, True), (4, False)])
+def test_from_alpha_says_which_way_round_it_went_where_little_is_kept(command, opaque, little):
+    layer = np.zeros((8, 8, 4), np.uint8)
+    layer[:, :opaque, 3] = 255  # black strokes on nothing
+    Image.fromarray(layer).save("strokes.png")
+    status, out, errors = command("from-alpha", "strokes.png", "mask.png")
+    assert (status, errors) == (0, "")
+    kept, *told = out.splitlines()
+    assert kept.endswith(f"{opaque / 8:.1%} of the pixels are kept")
+    assert (
+        "1 of 1, first mask.png, keep little: what is opaque is kept" in "".join(told)
+    ) == little
+    assert ("masks invert mask.png ANOTHER" in "".join(told)) == little
+
+
 def test_numbered_masks_in_a_folder(command):
     status, out, errors = command(
         "thick", "out/deep", "--number", 3, "--seed", 5, "--size", "40x32"

@@ -10,8 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributed import HashStore
 
 from guided_diffusion.config import UserError
@@ -23,7 +25,7 @@ from guided_diffusion.run import plan as planning
 from guided_diffusion.run import recipe as recipes
 from guided_diffusion.run.plan import Plan, from_json, make_job, make_plan, to_json
 from guided_diffusion.speed.choice import Speed
-from tests.support.plans import CPU, NAMES, SEED, TIMES, Case, names, names_in_batches
+from tests.support.plans import CPU, NAMES, SEED, SIZE, TIMES, Case, names, names_in_batches
 
 
 @pytest.fixture
@@ -408,7 +410,114 @@ def test_a_plan_holds_the_lock_that_a_dry_run_does_not_need(case):
     case.plan()
 
 
+# ---- What the file system can hold ----
+
+
+def lengthen(case: Case, name: str) -> None:
+    """Give the third image, and its mask, another name, without its suffix."""
+    for kind in ("gts", "masks"):
+        (case.path / kind / "sub" / "c.png").rename(case.path / kind / "sub" / f"{name}.png")
+
+
+LONG = {  # changes -> the longest stem that a name of 255 bytes leaves for them
+    "plain": ({}, {}, 251),
+    "samples": ({"samples_per_image": 2}, {}, 249),  # _0.png
+    "eleven samples": ({"samples_per_image": 11}, {}, 248),  # _10.png
+    "film": ({"log_every": 2}, {}, 250),  # .webp
+    "film of samples": ({"log_every": 2, "samples_per_image": 2}, {}, 248),
+    "film of a region": ({"log_every": 2}, {"fit": "region"}, 250),
+}
+
+
+@pytest.mark.filterwarnings("ignore:1 of 5 photos have holes")
+@pytest.mark.parametrize("letter", ["x", "é"])
+@pytest.mark.parametrize("change", LONG)
+def test_a_name_that_does_not_fit_is_refused_before_anything_is_made(case, change, letter):
+    keys, dataset, longest = LONG[change]
+    case.keys |= keys
+    case.dataset |= dataset
+    size = len(letter.encode())
+    name = "y" * (longest % size) + letter * (longest // size)
+    lengthen(case, name)
+    assert any(name in task.name for task in case.plan(dry_run=True).tasks)
+    case.path.joinpath("gts/sub", f"{name}.png").rename(case.path / "gts/sub/c.png")
+    case.path.joinpath("masks/sub", f"{name}.png").rename(case.path / "masks/sub/c.png")
+    if longest == 251:
+        return  # a longer one cannot be given
+    lengthen(case, f"y{name}")
+    with pytest.raises(UserError, match="one that is made of it would have 256 bytes") as error:
+        case.plan(dry_run=True)
+    assert f"the name of {case.path}/gts/sub/y{name}.png is too long" in str(error.value)
+
+
+def test_films_of_several_regions_and_names_that_are_encoded_count(case):
+    case.keys["log_every"] = 2
+    for name, size in (("[" * 84, 257), ("x" * 247, 0)):
+        lengthen(case, name)
+        if size:  # each bracket takes three letters
+            with pytest.raises(UserError, match=f"would have {size} bytes"):
+                case.plan(dry_run=True)
+        case.path.joinpath("gts/sub", f"{name}.png").rename(case.path / "gts/sub/c.png")
+        case.path.joinpath("masks/sub", f"{name}.png").rename(case.path / "masks/sub/c.png")
+    lengthen(case, "x" * 247)
+    case.dataset["fit"] = "region"
+    case.keys["image_size"] = 4
+    case.keys["attention_resolutions"] = "2"
+    mask = np.full((SIZE, SIZE), 255, np.uint8)
+    mask[0, 0] = mask[-1, -1] = 0
+    Image.fromarray(mask).save(case.path / "masks" / "sub" / ("x" * 247 + ".png"))
+    with pytest.raises(UserError, match="would have 260 bytes"):  # _region2.webp
+        case.plan(dry_run=True)
+
+
 # ---- In words ----
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"jump_n_sample": 1}, "makes no jump: jump_n_sample is 1"),
+        ({"jump_length": 10}, "makes no jump: t_T is 10 and jump_length 10"),
+        ({"jump_length": 9}, ""),
+        ({"jump_n_sample": 1, "n_sample": 2}, ""),
+        ({"jump_n_sample": 1, "jump2_n_sample": 2}, ""),
+    ],
+)
+def test_a_schedule_without_a_jump_is_told(case, change, line):
+    schedule = {"t_T": 10, "n_sample": 1, "jump_length": 2, "jump_n_sample": 2}
+    case.keys["schedule_jump_params"] = schedule | change
+    lines = case.plan().describe(CPU, Speed()).splitlines()
+    assert len(lines) == 4 + bool(line)
+    if line:
+        assert lines[2] == f"nothing is resampled, as the schedule {line}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (
+            {"classifier_scale": 2.5},
+            "no guidance: classifier_scale is 2.5, but there is no classifier_path",
+        ),
+        (
+            {"classifier_path": "c.pt"},
+            "no guidance: there is a classifier_path, but classifier_scale is 0",
+        ),
+    ],
+)
+def test_half_of_guidance_is_told(case, keys, line):
+    case.keys |= keys
+    assert line in case.plan().describe(CPU, Speed()).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "share"),
+    [({}, "5 images"), ({"max_len": 2}, "2 of 5 images"), ({"offset": 4}, "1 of 5 images")],
+)
+def test_images_that_are_left_out_are_counted(case, dataset, share):
+    case.dataset |= dataset
+    first = case.plan().describe(CPU, Speed()).splitlines()[0]
+    assert f": {share} from {case.path}/gts, masks from {case.path}/masks (by name), " in first
 
 
 def test_what_is_done_and_what_is_done_again_is_told(case):
