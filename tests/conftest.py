@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Generator, Iterator
@@ -20,6 +21,12 @@ settings.load_profile("repeatable")
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of several processes (-n)
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch is not imported yet
+
+
+def pytest_collection_finish() -> None:
+    # The modules stay. To look through all their objects took most of the time of many a test
+    # that collects garbage, as each does whose command ends with an error.
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

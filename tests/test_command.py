@@ -81,6 +81,7 @@ def finished(tmp_path_factory) -> Finished:
     return Finished(case, Result(run.returncode, run.stdout.decode(), run.stderr.decode()))
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_will_do_and_where_the_results_are(finished):
     result = finished.result
     assert result.status == 0, result.err
@@ -95,6 +96,7 @@ def test_a_run_says_what_it_will_do_and_where_the_results_are(finished):
     assert report == "to look at: out/report.html"
 
 
+@pytest.mark.slow
 def test_one_bar_over_the_whole_run_with_image_and_rate(finished):
     bar = finished.result.err
     assert bar.count("\n") == 1 and bar.endswith("\n")
@@ -105,6 +107,7 @@ def test_one_bar_over_the_whole_run_with_image_and_rate(finished):
     assert re.fullmatch(last, states[-1]), states[-1]
 
 
+@pytest.mark.slow
 def test_every_image_gets_its_four_files(finished):
     names = ["000000.png", "000001.png", "000002.png"]
     out = finished.case.out
@@ -117,6 +120,7 @@ def test_every_image_gets_its_four_files(finished):
         assert shapes == {(SIZE, SIZE, 3)}
 
 
+@pytest.mark.slow
 def test_run_json_tells_what_was_run(finished):
     record = finished.case.record()
     model = GOLDEN / "tiny32.pt"
@@ -134,12 +138,14 @@ def test_run_json_tells_what_was_run(finished):
     assert checkpoint["sha256"].startswith("443a1baf7bf3677cd3a8cdabe0665f29533732b7a7d5c355284941")
 
 
+@pytest.mark.slow
 def test_the_config_in_run_json_loads_to_the_same(finished, tmp_path):
     again = tmp_path / "again.yml"
     again.write_text(yaml.safe_dump(finished.case.record()["config"]))
     assert load_config(str(again)) == load_config(str(finished.case.folder / "conf.yml"))
 
 
+@pytest.mark.slow
 def test_the_batch_size_does_not_change_the_results(finished, plain):
     for name, picture in plain.items():
         difference = np.abs(picture.astype(int) - finished.case.written()[name])
@@ -550,6 +556,7 @@ def test_cuda_asked_for_and_absent(case, device):
     assert not case.out.exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_config_is_told_without_waiting_for_torch(case):
     case.config["sede"] = 1
     run = subprocess.run(
@@ -721,6 +728,7 @@ def test_work_in_shuffled_order_gives_the_same(case, plain):
 # ---- Stopping ----
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_leaves_complete_images_and_one_line(tmp_path):
     case = Case(tmp_path, images=4)
@@ -760,6 +768,7 @@ def test_ctrl_c_leaves_complete_images_and_one_line(tmp_path):
     assert case.record()["finished"] is False
 
 
+@pytest.mark.slow
 def test_nobody_listens_any_more(case):
     reader, writer = os.pipe()
     os.close(reader)

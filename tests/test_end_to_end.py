@@ -16,6 +16,8 @@ from PIL import Image
 
 from tests.support.golden_runs import prepare
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EVALUATIONS = {  # per image: steps down, and again after each jump up
     "resample": 20 + 2 * 5 * 3,

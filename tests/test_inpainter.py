@@ -599,6 +599,7 @@ def test_a_mistake_in_the_config_is_a_user_error():
         load("sede=1")
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, guided_diffusion; print('torch' in sys.modules)"
     run = subprocess.run(
@@ -612,6 +613,7 @@ def test_the_package_has_no_other_names():
         from guided_diffusion import nothing_of_this_name  # noqa: F401
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "expected"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
 def test_huge_pages_are_asked_for_unless_the_user_says_otherwise(given, expected):
     code = "import guided_diffusion, os; print(os.environ['THP_MEM_ALLOC_ENABLE'])"

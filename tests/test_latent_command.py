@@ -165,6 +165,7 @@ def test_bf16_is_close_to_fp32(case, plain):
         assert np.abs(picture.astype(int) - plain[name]).mean() < 3
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_results(case, plain):
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "test.py")]
     subprocess.run(

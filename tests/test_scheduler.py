@@ -157,6 +157,7 @@ def assert_refused(run: subprocess.CompletedProcess, *words: str) -> None:
         assert word in run.stderr
 
 
+@pytest.mark.slow
 def test_by_default_the_papers_setting_is_drawn_to_schedule_png(tmp_path):
     pytest.importorskip("matplotlib")
     run = draw(tmp_path)
@@ -167,6 +168,7 @@ def test_by_default_the_papers_setting_is_drawn_to_schedule_png(tmp_path):
         assert len(picture.convert("L").getcolors()) > 1
 
 
+@pytest.mark.slow
 def test_a_configs_schedule_is_drawn_where_asked(tmp_path):
     pytest.importorskip("matplotlib")
     write_config(tmp_path / "conf.yml", JUMPS)
@@ -178,6 +180,7 @@ def test_a_configs_schedule_is_drawn_where_asked(tmp_path):
     assert not (tmp_path / "schedule.png").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_config_is_refused(tmp_path):
     assert_refused(draw(tmp_path, "--conf_path", "missing.yml"), "missing.yml")
     assert list(tmp_path.iterdir()) == []
@@ -204,6 +207,7 @@ def test_a_latent_config_walks_ddims_steps(tmp_path, steps, evaluations):
     assert schedules_of([path]) == {path: list(range(evaluations, -1, -1))}
 
 
+@pytest.mark.slow
 def test_the_schedule_of_latent_diffusion_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     run = draw(tmp_path, "--conf_path", str(ROOT / "confs" / "ldm_inpainting.yml"))
@@ -212,6 +216,7 @@ def test_the_schedule_of_latent_diffusion_is_drawn(tmp_path):
     assert (tmp_path / "schedule.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_several_configs_are_compared_with_their_costs(tmp_path):
     pytest.importorskip("matplotlib")
     write_config(tmp_path / "jumps.yml", JUMPS)
@@ -235,6 +240,7 @@ def test_configs_of_the_same_name_are_told_apart_by_their_paths(tmp_path):
     assert list(schedules_of([a, b, c])) == [f"mine ({a})", f"mine ({b})", "yours"]
 
 
+@pytest.mark.slow
 def test_of_several_configs_one_that_is_wrong_is_named_and_nothing_written(tmp_path):
     write_config(tmp_path / "good.yml", JUMPS)
     write_config(tmp_path / "bad.yml", "timestep_respacing: '2000'")
@@ -276,11 +282,13 @@ def test_a_single_schedule_has_no_legend():
     assert axes.get_xlim() == (0, 3)
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     pytest.importorskip("matplotlib")
     assert_refused(draw(tmp_path, "--out", "missing/schedule.png"), "missing/schedule.png")
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_user_is_told_how_to_get_it(tmp_path):
     fake = tmp_path / "site"
     fake.mkdir()

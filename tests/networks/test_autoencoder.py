@@ -420,15 +420,15 @@ def test_results_are_without_gradients():
 
 
 def peak_in_pictures(name: str, side: int) -> float:
-    """Memory at the peak, in pictures of 32 channels at full size, 256×256."""
+    """Memory at the peak, in pictures of 32 channels at full size, 128×128."""
     with PeakMemory() as memory:
         getattr(tiny(), name)(torch.zeros(1, 3, side, side))
-    return memory.peak / (32 * 256 * 256)
+    return memory.peak / (32 * 128 * 128)
 
 
-@pytest.mark.parametrize(("name", "side", "whole"), [("encode", 256, 4), ("decode", 64, 6)])
+@pytest.mark.parametrize(("name", "side", "whole"), [("encode", 128, 4), ("decode", 32, 6)])
 def test_memory_stays_near_that_of_one_and_a_half_pictures(monkeypatch, name, side, whole):
     """Also where the widest pictures, of twice the size, come into it."""
     assert peak_in_pictures(name, side) >= whole
-    use_strips(monkeypatch, strip=4 * 256, room=3 * 16 * 256 * 256)
+    use_strips(monkeypatch, strip=2 * 128, room=3 * 16 * 128 * 128)
     assert peak_in_pictures(name, side) < 1.8

@@ -110,11 +110,13 @@ def assert_goes_on(case: Case, whole: dict[str, bytes]) -> None:
     assert_equal(whole, case)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     losses = kill_repeatedly(tmp_path, kills=3, seed=3)
     assert (losses.kills, losses.again) == (3, 0)
 
 
+@pytest.mark.slow
 def test_sigterm_is_obeyed_within_one_evaluation(slow_whole, tmp_path):
     case = slow_case(tmp_path, checkpoint_every=0)
     saving = tmp_path / "out" / "inpainted.run" / "unfinished"
@@ -132,6 +134,7 @@ def test_sigterm_is_obeyed_within_one_evaluation(slow_whole, tmp_path):
     assert_goes_on(case, slow_whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_state_where_none_was_saved_before(slow_whole, tmp_path):
     case = slow_case(tmp_path)
     with start(case) as run:
@@ -145,6 +148,7 @@ def test_ctrl_c_saves_the_state_where_none_was_saved_before(slow_whole, tmp_path
     assert_goes_on(case, slow_whole)
 
 
+@pytest.mark.slow
 def test_killed_in_a_picture_it_loses_at_most_one_evaluation(slow_whole, tmp_path):
     case = slow_case(tmp_path, checkpoint_every=0)
     losses = []  # evaluations, if it were killed at that moment
@@ -163,6 +167,7 @@ def test_killed_in_a_picture_it_loses_at_most_one_evaluation(slow_whole, tmp_pat
     assert_goes_on(case, slow_whole)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
     case = small_case(tmp_path, side=128, batch_size=4, show_progress=True)  # 1.8 s an evaluation
 
@@ -215,6 +220,7 @@ def fresh(case: Case) -> dict[str, bytes]:
 # ---- The disk ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_room_for_a_picture(tmp_path):
     case = small_case(tmp_path, images=2, side=64)  # of 10 kB; all other files are smaller
     with start(case, file_size=6_000) as run:
@@ -226,6 +232,7 @@ def test_no_room_for_a_picture(tmp_path):
     assert_equal(fresh(case), case)
 
 
+@pytest.mark.slow
 def test_no_room_for_states_and_records(tmp_path):
     case = small_case(tmp_path, images=12, checkpoint_every=0)
     with start(case, file_size=3_300) as run:  # records: 0.6 kB, and 0.3 kB a picture
@@ -286,6 +293,7 @@ def test_pictures_of_the_input_are_written_again_without_sampling(case, whole):
     assert_equal(whole, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deleted", ("out", "out/inpainted"))
 def test_a_folder_that_is_deleted_meanwhile(deleted, whole, tmp_path):
     case = small_case(tmp_path, checkpoint_every=0)
@@ -343,6 +351,7 @@ def test_an_output_folder_below_a_file(case):
 # ---- Two runs at once -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_refuses_while_the_first_one_works(slow_whole, tmp_path):
     case = slow_case(tmp_path)
     with start(case) as run:
@@ -356,6 +365,7 @@ def test_a_second_run_refuses_while_the_first_one_works(slow_whole, tmp_path):
     assert_equal(slow_whole, case)
 
 
+@pytest.mark.slow
 def test_two_runs_that_are_started_together(whole, tmp_path):
     case = small_case(tmp_path)
     with start(case) as first, start(case) as second:
@@ -487,6 +497,7 @@ def pretend_to_be_finished(case: Case) -> None:
     storage.write_atomically(records.path, "".join(f"{line}\n" for line in lines).encode())
 
 
+@pytest.mark.slow
 def test_ten_thousand_finished_images_are_looked_through_within_five_seconds(tmp_path):
     case = small_case(tmp_path, max_len=None)
     for number in range(4, MANY):

@@ -96,6 +96,7 @@ def assert_completed(case: Case, whole: dict[str, bytes]) -> None:
 # ---- On one machine ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_four_processes_write_what_one_writes(whole, tmp_path):
     case = new_case(tmp_path, show_progress=True)
     with torchrun(case, 4) as run:
@@ -111,6 +112,7 @@ def test_four_processes_write_what_one_writes(whole, tmp_path):
     assert "Traceback" not in result.err and "rror" not in result.err
 
 
+@pytest.mark.slow
 def test_a_killed_worker_under_max_restarts(whole, tmp_path):
     case = new_case(tmp_path)
     with torchrun(case, 4, "--max-restarts=3") as run:
@@ -121,6 +123,7 @@ def test_a_killed_worker_under_max_restarts(whole, tmp_path):
     assert_completed(case, whole)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_without_restarts(whole, tmp_path):
     case = new_case(tmp_path)
     with torchrun(case, 4) as run:
@@ -130,6 +133,7 @@ def test_a_killed_worker_without_restarts(whole, tmp_path):
     assert_completed(case, whole)
 
 
+@pytest.mark.slow
 def test_torchrun_itself_is_killed(whole, tmp_path):
     case = new_case(tmp_path)
     with torchrun(case, 2) as run:
@@ -140,6 +144,7 @@ def test_torchrun_itself_is_killed(whole, tmp_path):
     assert_completed(case, whole)
 
 
+@pytest.mark.slow
 def test_a_stopped_team_saves_all_its_states(whole, tmp_path):
     case = new_case(tmp_path)
     with torchrun(case, 2) as run:
@@ -155,6 +160,7 @@ def test_a_stopped_team_saves_all_its_states(whole, tmp_path):
     assert len(sizes) == IMAGES * EVALUATIONS - done
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all(whole, tmp_path):
     case = new_case(tmp_path, show_progress=True)
     with torchrun(case, 2) as run:
@@ -189,6 +195,7 @@ def two_machines(case: Case, backend: str, *options: str) -> Iterator[list[Runni
         ]
 
 
+@pytest.mark.slow
 def test_two_machines_write_what_one_writes(whole, tmp_path):
     case = new_case(tmp_path)
     with two_machines(case, "static") as agents:
@@ -198,6 +205,7 @@ def test_two_machines_write_what_one_writes(whole, tmp_path):
     assert len(list((case.out / "inpainted.run").glob("images-*.jsonl"))) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_worker_on_another_machine_under_max_restarts(whole, tmp_path):
     case = new_case(tmp_path)
     with two_machines(case, "c10d", "--max-restarts=3") as agents:
