@@ -114,14 +114,16 @@ def tiled(denoiser: Denoiser, windows: torch.Tensor) -> Denoiser:
 
     def denoise(x_t: torch.Tensor, t: int, y: torch.Tensor) -> ReverseStep:
         row = x_t[0, :, 0].T  # (N, C)
-        sums = row.new_zeros(len(row), 3 * row.shape[1])
+        sums = [torch.zeros_like(row) for _ in range(3)]
         for places, count in _equal_batches(windows, AT_A_TIME // side**2):
             x = row[places.flatten()].view(len(places), side, side, -1).permute(0, 3, 1, 2)
             p = denoiser(x, t, y.expand(len(x)))
-            step = torch.cat([p.mean, p.log_variance.expand_as(x), p.pred_x0], dim=1)
-            step = step.flatten(2).transpose(1, 2) * weight  # (k, S·S, 3·C)
-            _add_windows(sums, places[:count], step)
-        return ReverseStep(*(each.T[None, :, None] for each in (sums / total).chunk(3, dim=1)))
+            for each, of in zip(
+                sums, (p.mean, p.log_variance.expand_as(x), p.pred_x0), strict=True
+            ):
+                values = of.flatten(2).transpose(1, 2)  # (k, S·S, C)
+                _add_windows(each, places[:count], values * weight)
+        return ReverseStep(*(each.div_(total).T[None, :, None] for each in sums))
 
     return denoise
 

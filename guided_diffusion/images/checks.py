@@ -171,7 +171,7 @@ class PairChecks:
         black and white) or in colour, masks that are dim all over, nearly white, in a transparent
         layer, that keep everything, nothing or little, and masks that are not as large as their
         image; with fit: region, holes that are larger than the network's square, and masks that
-        leave the network nothing to see; with fit: tile, holes that are wider than two windows or
+        leave the network nothing to see; with fit: tile, holes that are wider than a window or
         most of a photo; without an image_size, pictures that are large.
         Raises UserError that names the first file that cannot be read, that is an image and its own
         mask, or that has not the size of its image, where it must: a picture to start from, and,
@@ -226,7 +226,7 @@ def _inspect_tiled_mask(mask: Image.Image, image_size: int) -> _Mask:
     parts = find_tiles(padded(~keep, image_size), image_size)
     windows = sum(len(part.windows) for part in parts)
     wide = set()
-    if is_wide(~keep, 2 * image_size):
+    if is_wide(~keep, image_size + 1):
         wide.add("hole")
     if keep.mean() < 0.5 and is_wide(~keep, image_size // 4):  # other than fine patterns
         wide.add("photo")
@@ -376,25 +376,25 @@ def _large_holes(found: Mapping[Pair, Found], image_size: int) -> Iterator[str]:
 
 _WIDE = {
     "hole": (
-        "have holes wider than {twice} pixels, twice the window of the network, whose middle knows "
-        "nothing of the photo around"
+        "have holes wider than {S} pixels, the window of the network: their middle rests on "
+        "what other windows made up; beyond twice the window, {others} serves better"
     ),
     "photo": (
-        "are to be filled in for the most part, but windows of {S}x{S} show the network patches, "
-        "not scenes"
+        "are to be filled in for the most part, but a network that sees {S}x{S} of them knows "
+        "patches, not scenes; {others} serves better"
     ),
 }
 
 
-def _wide_holes(found: Mapping[Pair, Found], image_size: int) -> Iterator[str]:
+def _wide_holes(found: Mapping[Pair, Found], image_size: int | None) -> Iterator[str]:
     """Warnings about holes that are too wide for fit: tile."""
     for kind, text in _WIDE.items():
         pairs = [pair for pair, each in found.items() if kind in each.mask.wide]
         if pairs:
+            others = "fit: region, a larger model or method: latent"
             yield (
                 f"{len(pairs)} of {len(found)} photos, first {pairs[0].image_path}, "
-                f"{text.format(S=image_size, twice=2 * image_size)}; fit: region, a larger model "
-                "or method: latent serves better"
+                f"{text.format(S=image_size, others=others)}"
             )
 
 

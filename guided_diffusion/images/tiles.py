@@ -16,7 +16,7 @@ import numpy as np
 
 from guided_diffusion.images.regions import hole_boxes, label_holes
 
-MOST = 2048  # windows at a time, about: of 64x64, they take less than 2 GB
+MOST = 1024  # windows at a time, about: of 64x64, the sampler takes about 1 GB for their pixels
 # A pixel of a hole has at least S / MARGIN pixels around it in some window of S x S, where the
 # photo has them.
 MARGIN = 4

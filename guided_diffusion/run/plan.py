@@ -325,7 +325,7 @@ def _written(plan: Plan, task: Task) -> Iterator[tuple[str, str]]:
     if plan.config.log_every:
         from guided_diffusion.output.film import FilmLog  # most runs show nothing of sampling
 
-        film = FilmLog("", every=1, times=(), noise_levels=())
+        film = FilmLog("", every=1, times=(), noise_words=())
         yield from ((plan.film_dir, film.animation(name)) for name in task.film_names)
 
 

@@ -57,7 +57,7 @@ class ViewBatch:
 
     views: list[TaskView]
     state_path: str  # where the sampler's state goes
-    results: np.ndarray | None = None  # uint8 (B, S, S, 3); None: memory does not suffice for it
+    results: np.ndarray | None = None  # uint8 (B, H, W, 3); None: memory does not suffice for it
 
 
 @dataclass
@@ -149,7 +149,7 @@ class Worker:
         return [state_path(self.plan.digest, origins, number) for number in range(views)]
 
     def inpaint(self, batch: ViewBatch) -> np.ndarray | None:
-        """What the sampler makes of these views, uint8 (B, S, S, 3); None: memory ran out.
+        """What the sampler makes of these views, uint8 (B, H, W, 3); None: memory ran out.
 
         Raises UserError if it is not finite.
         """
@@ -170,7 +170,7 @@ class Worker:
                 [each.stream for each in batch.views],
                 start_picture=None if starts[0] is None else torch.stack(starts),
                 resume=resume,
-                after_evaluation=self._after_evaluation(batch, views[0].image.shape[1:]),
+                after_evaluation=self._after_evaluation(batch),
             )
             return to_bytes(x)
         except NonFiniteError as error:
@@ -180,13 +180,10 @@ class Worker:
                 raise
             return None
 
-    def _after_evaluation(
-        self, batch: ViewBatch, size: Sequence[int]
-    ) -> Callable[[Evaluation], None]:
+    def _after_evaluation(self, batch: ViewBatch) -> Callable[[Evaluation], None]:
         """What to do after each: show it, count it, and save the state in time.
 
-        At the end too, where something else comes before the result is written. size: height and
-        width of each view.
+        At the end too, where something else comes before the result is written.
         """
         every = self.plan.config.checkpoint_every
         more = self.film or any(each.task.views > 1 for each in batch.views)
@@ -196,7 +193,7 @@ class Worker:
         def after_evaluation(evaluation: Evaluation) -> None:
             nonlocal saved
             try:
-                self._show(batch.views, evaluation, size)
+                self._show(batch.views, evaluation)
                 self.report.evaluation_done(evaluation.pred_x0)
                 self.stop.check()
             except (Interrupted, UserError):
@@ -223,18 +220,18 @@ class Worker:
                 for each in views:
                     self.film.begin(each.film_name)
 
-    def _show(self, views: Sequence[TaskView], evaluation: Evaluation, size: Sequence[int]) -> None:
+    def _show(self, views: Sequence[TaskView], evaluation: Evaluation) -> None:
         if self.film and self.film.is_due(evaluation.position):
             names = [each.film_name for each in views]
-            x_t, x0 = (
-                torch.stack([view.view.as_picture(x) for view, x in zip(views, seen, strict=True)])
-                for seen in (
-                    self.inpainter.as_pictures(x, size)
-                    for x in (evaluation.x_t, evaluation.pred_x0)
-                )
-            )
+            x_t, x0 = (self._as_pictures(views, x) for x in (evaluation.x_t, evaluation.pred_x0))
             with writing(self.film.folder):
                 self.film.write(names, evaluation.position, x_t, x0)
+
+    def _as_pictures(self, views: Sequence[TaskView], x: torch.Tensor) -> torch.Tensor:
+        """What the sampler's x of these views shows, (B, 3, H, W)."""
+        size = views[0].view.image.shape[1:]
+        shown = self.inpainter.as_pictures(x, size)
+        return torch.stack([v.view.as_picture(each) for v, each in zip(views, shown, strict=True)])
 
     def _animate(self, task: Task) -> None:
         if self.film:

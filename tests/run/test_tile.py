@@ -222,17 +222,24 @@ def test_a_mask_of_most_of_the_photo_and_a_wide_hole_are_warned_of(tmp_path):
     hole = np.zeros((100, 100), bool)
     hole[10:90, 10:90] = True
     wide, most = warned(tmp_path, hole)
-    assert "holes wider than 64 pixels, twice the window" in wide
-    assert "windows of 32x32 show the network patches, not scenes" in most
+    assert "x.png, have holes wider than 32 pixels, the window of the network" in wide
+    assert "x.png, are to be filled in for the most part, but a network that sees 32x32" in most
     for line in (wide, most):
         assert line.endswith("fit: region, a larger model or method: latent serves better")
+
+
+@pytest.mark.parametrize("side, lines", [(SIZE, 0), (SIZE + 1, 1)])
+def test_holes_as_wide_as_a_window_are_not_warned_of(tmp_path, side, lines):
+    hole = np.zeros((100, 100), bool)
+    hole[5 : 5 + side, 20 : 20 + side] = True
+    assert len(warned(tmp_path, hole)) == lines
 
 
 @pytest.mark.parametrize("hole", ["a stripe", "three of four pixels"])
 def test_long_scratches_and_fine_patterns_are_not_warned_of(tmp_path, hole):
     holes = np.zeros((100, 200), bool)
     if hole == "a stripe":
-        holes[20:60] = True  # as wide as the photo, but not high
+        holes[20:52] = True  # as long as the photo, but not wider than a window
     else:
         holes = ~(np.indices((100, 200)) % 2 == 0).all(axis=0)
     lines = warned(tmp_path, holes)
