@@ -61,8 +61,9 @@ def in_this_process() -> Iterator[Callable[..., object]]:
 
 
 @pytest.fixture
-def temporary(tmp_path) -> Path:
+def temporary(tmp_path, monkeypatch) -> Path:
     """The folder for temporary files, which is empty at first."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # made when torch imports it
     folder = tmp_path / "temporary"
     folder.mkdir()
     with patch.object(tempfile, "tempdir", str(folder)):

@@ -20,6 +20,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+pytestmark = pytest.mark.slow  # the browser
+
 if not (shutil.which("chromium") and shutil.which("chromedriver")):
     pytest.skip(
         "no Chromium here; on Debian: apt install chromium chromium-driver",

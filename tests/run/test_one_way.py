@@ -20,10 +20,10 @@ from tests.support.case import EVALUATIONS, ROOT, Case
 from tests.support.small_runs import evaluations
 
 CALLS = 6
-# The paper's flat files with the factory and the package's own are 9, config 8, images 8,
+# The paper's flat files with the factory and the package's own are 9, config 8, images 10,
 # checkpoints 6, run 6, machine 4, speed 4, networks 3. Six of them could wait: regions and tiles
 # (whole photos, wide holes), lightning, safetensors, contents and mismatch (other files, errors).
-MODULES = 48
+MODULES = 50
 
 
 @pytest.fixture
