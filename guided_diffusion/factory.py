@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import torch
 
-from guided_diffusion.checkpoints.doubts import Doubts
 from guided_diffusion.checkpoints.loading import (
     LATENT_AUTOENCODER,
     LATENT_UNET,
@@ -19,7 +18,7 @@ from guided_diffusion.checkpoints.loading import (
 from guided_diffusion.config import Config, DiffusionConfig, StartConfig, UserError, load_config
 from guided_diffusion.denoiser import Denoiser, Network, ddim, guided, guided_x0, network_denoiser
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
-from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
+from guided_diffusion.inpainter import Inpainter, NetworkDoubts, PixelInpainter, Start
 from guided_diffusion.latent import LatentInpainter, latent_process
 from guided_diffusion.machine.ranks import ALONE, World
 from guided_diffusion.networks.autoencoder import Autoencoder
@@ -131,11 +130,17 @@ class PixelModel:
     def process(self, device: torch.device | str) -> Process:
         return pixel_process(self.config.diffusion, self.config.source, device)
 
-    def doubts(self, network: UNet, device: torch.device) -> Doubts:
+    def doubts(self, network: UNet, device: torch.device) -> NetworkDoubts:
         """network: the filled denoiser itself, neither compiled nor captured."""
-        diffusion = replace(self.config.diffusion, timestep_respacing="")
-        all_steps = pixel_process(diffusion, self.config.source, device)
-        return Doubts(network, all_steps, self.config.network, diffusion)
+
+        def ask(picture: torch.Tensor, keep_mask: torch.Tensor) -> str | None:
+            from guided_diffusion.checkpoints.doubts import Doubts  # which short runs do not need
+
+            diffusion = replace(self.config.diffusion, timestep_respacing="")
+            all_steps = pixel_process(diffusion, self.config.source, device)
+            return Doubts(network, all_steps, self.config.network, diffusion)(picture, keep_mask)
+
+        return ask
 
     def inpainter(
         self, networks: Networks, process: Process, times: Sequence[int]
