@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from guided_diffusion.checkpoints.doubts import Doubts
 from guided_diffusion.checkpoints.loading import (
     LATENT_AUTOENCODER,
     LATENT_UNET,
@@ -20,7 +19,7 @@ from guided_diffusion.checkpoints.loading import (
 from guided_diffusion.config import Config, DiffusionConfig, StartConfig, UserError, load_config
 from guided_diffusion.denoiser import Denoiser, Network, ddim, guided, guided_x0, network_denoiser
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, beta_schedule
-from guided_diffusion.inpainter import Inpainter, PixelInpainter, Start
+from guided_diffusion.inpainter import Inpainter, NetworkDoubts, PixelInpainter, Start
 from guided_diffusion.machine.ranks import ALONE, World
 from guided_diffusion.networks.unet import Classifier, UNet
 from guided_diffusion.respace import Process, respaced_process
@@ -136,11 +135,17 @@ class PixelModel:
     def process(self, device: torch.device | str) -> Process:
         return pixel_process(self.config.diffusion, self.config.source, device)
 
-    def doubts(self, network: UNet, device: torch.device) -> Doubts:
+    def doubts(self, network: UNet, device: torch.device) -> NetworkDoubts:
         """network: the filled denoiser itself, neither compiled nor captured."""
-        diffusion = replace(self.config.diffusion, timestep_respacing="")
-        all_steps = pixel_process(diffusion, self.config.source, device)
-        return Doubts(network, all_steps, self.config.network, diffusion)
+
+        def ask(picture: torch.Tensor, keep_mask: torch.Tensor) -> str | None:
+            from guided_diffusion.checkpoints.doubts import Doubts  # which short runs do not need
+
+            diffusion = replace(self.config.diffusion, timestep_respacing="")
+            all_steps = pixel_process(diffusion, self.config.source, device)
+            return Doubts(network, all_steps, self.config.network, diffusion)(picture, keep_mask)
+
+        return ask
 
     def inpainter(
         self, networks: Networks, process: Process, times: Sequence[int]

@@ -39,6 +39,7 @@ from guided_diffusion.streams import (
 
 Progress = Callable[[int, int, torch.Tensor], None]  # (done, total, x_0 estimate)
 Images = TypeVar("Images", torch.Tensor, Image.Image, Sequence[Image.Image])
+NetworkDoubts = Callable[[torch.Tensor, torch.Tensor], str | None]  # (picture, keep mask)
 
 # What sampling starts from: pure noise, the image itself unless another picture is given, or a
 # picture that must be given.
@@ -53,7 +54,7 @@ class Inpainter(ABC):
     image_size: int | None  # None: pictures are taken as they are
     channels: int = 3  # of what the network sees; 1: pictures lose their colours
     paste_known: bool  # known pixels come out exactly as they went in
-    network_doubts: Callable[[torch.Tensor, torch.Tensor], str | None] | None = None  # see `doubts`
+    network_doubts: NetworkDoubts | None = None  # see `doubts`; None: it is not asked
     start_from: Start  # if not noise, times begin where the picture is noised to
 
     @abstractmethod

@@ -60,6 +60,7 @@ class StoredTensor:
 
 
 Contents = dict[str, Any]  # by name: StoredTensor, Contents or None
+LONGEST_HEADER = 10**8  # bytes, of files of safetensors
 MOST_MAPS = 1000  # in one another, in a file, that are looked at
 
 
@@ -94,6 +95,12 @@ def read_contents(path: str, depth: int = 2) -> Contents:
             return _located(
                 follow(_read_record(archive, pickled, file)), locate, depth, iter(range(MOST_MAPS))
             )
+
+
+def begins_like_safetensors(file: BinaryIO) -> bool:
+    """Whether it begins as files of that format do: with the length of a header in JSON."""
+    start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
 
 
 def check_stored(path: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from guided_diffusion.checkpoints import lightning, safetensors
+from guided_diffusion.checkpoints import lightning
 from guided_diffusion.checkpoints.contents import (
     LATENT,
     MAPS,
@@ -196,6 +196,8 @@ def _read(path: str) -> Any:
         with storage.open_binary(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     if _is_safetensors(path):
+        from guided_diffusion.checkpoints import safetensors  # which few files need
+
         return lightning.map_tensors(path, safetensors.read_state_dict(path))
     is_zip = _is_zip(path)
     if is_zip:
@@ -220,6 +222,8 @@ def _read_stored(path: str) -> Stored:
     """Where the tensors of a latent diffusion checkpoint are in its file."""
     if not _is_safetensors(path):
         return lightning.read_state_dict(path)
+    from guided_diffusion.checkpoints import safetensors
+
     floats = lightning.DTYPES.values()
     stored = safetensors.read_state_dict(path).items()
     return {name: each if each and each.dtype in floats else None for name, each in stored}
@@ -227,7 +231,7 @@ def _read_stored(path: str) -> Stored:
 
 def _is_safetensors(path: str) -> bool:
     with open(path, "rb") as file:
-        return safetensors.begins_like_one(file)
+        return lightning.begins_like_safetensors(file)
 
 
 def _is_mapped(path: str) -> bool:
@@ -323,7 +327,7 @@ def _file_problem(path: str) -> str | None:
         start = file.read(4)
         ends_early = start == _ZIP and not _is_zip(file)
         file.seek(0)
-        is_safetensors = safetensors.begins_like_one(file)
+        is_safetensors = lightning.begins_like_safetensors(file)
     if not start:
         return "the file is empty"
     if ends_early:

@@ -9,13 +9,12 @@ import json
 import os
 from itertools import accumulate
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from guided_diffusion.checkpoints.lightning import ForeignError, StoredTensor, shown
 
-LONGEST_HEADER = 10**8  # bytes, as the format says
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -27,12 +26,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-def begins_like_one(file: BinaryIO) -> bool:
-    """Whether a file begins as one of this format does."""
-    start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
 
 
 def read_state_dict(path: str) -> dict[str, StoredTensor | None]:

@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from guided_diffusion.checkpoints.lightning import ForeignError, map_tensors
-from guided_diffusion.checkpoints.safetensors import begins_like_one, read_state_dict
+from guided_diffusion.checkpoints.lightning import (
+    ForeignError,
+    begins_like_safetensors,
+    map_tensors,
+)
+from guided_diffusion.checkpoints.safetensors import read_state_dict
 
 TENSORS = {
     "matrix": torch.randn(6, 8, generator=torch.Generator().manual_seed(0)),
@@ -58,7 +62,7 @@ def test_a_file_that_broke_off(tmp_path, kept):
     save_file(TENSORS, path)
     path.write_bytes(path.read_bytes()[:kept])
     with open(path, "rb") as file:
-        assert begins_like_one(file)
+        assert begins_like_safetensors(file)
     with pytest.raises(ForeignError, match="the file is incomplete, its end is missing"):
         read_state_dict(str(path))
 
@@ -92,7 +96,7 @@ def test_a_header_that_is_wrong(tmp_path, header):
 def test_other_files_do_not_begin_like_one(tmp_path, start):
     (tmp_path / "x").write_bytes(start)
     with open(tmp_path / "x", "rb") as file:
-        assert not begins_like_one(file)
+        assert not begins_like_safetensors(file)
 
 
 @settings(deadline=None, max_examples=100)
