@@ -457,6 +457,7 @@ def test_a_profile_like_srgb_is_not_worth_a_word(tmp_path):
         (b"no profile", "cannot be read"),
         (bytes(3000), "cannot be read"),
     ],
+    ids=["cmyk", "grey", "text", "zeros"],  # profiles hold the time when they were made
 )
 @pytest.mark.parametrize("dataset", [DATASET, REGION])
 def test_profiles_that_results_cannot_keep_are_told(tmp_path, icc, words, dataset):
