@@ -16,7 +16,7 @@ import numpy as np
 
 from guided_diffusion.images.regions import hole_boxes, label_holes
 
-MOST = 1024  # windows at a time, about: of 64x64, the sampler takes about 1 GB for their pixels
+MOST = 768  # windows at a time, about: of 64x64, the sampler takes about 1 GB for their pixels
 # A pixel of a hole has at least S / MARGIN pixels around it in some window of S x S, where the
 # photo has them.
 MARGIN = 4
@@ -114,6 +114,8 @@ def _inner(
 def padded(array: np.ndarray, side: int) -> np.ndarray:
     """A photo or mask, (H, W) or (H, W, 3), mirrored below and right of it if smaller than side."""
     height, width = array.shape[:2]
+    if min(height, width) >= side:
+        return array
     amounts = [(0, max(0, side - height)), (0, max(0, side - width)), (0, 0)]
     return np.pad(array, amounts[: array.ndim], mode="symmetric")
 
