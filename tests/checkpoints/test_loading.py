@@ -204,7 +204,7 @@ def test_messages_know_every_published_file_that_a_config_names():
     published = [
         path for path in ROOT.glob("confs/*.yml") if path.stem.startswith(("face", "test"))
     ]
-    assert len(published) == 19
+    assert len(published) == 20
     for path in published:
         config = load_config(str(path))
         paths = [config.model_path] + ([config.classifier.path] if config.classifier else [])
