@@ -73,6 +73,9 @@ class FakeInpainter:
     def evaluations_before(self, state: SamplerState) -> int:
         return state.position
 
+    def doubts(self, gt, keep_mask) -> None:
+        """It is used as it was trained."""
+
     def first_step(self) -> "FakeInpainter":
         return replace(self, times=(self.times[0], self.times[-1]))
 
