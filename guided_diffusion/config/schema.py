@@ -306,7 +306,7 @@ class DatasetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    """How the network is computed. What is None is chosen, see `accel`."""
+    """How the network is computed. What is None is chosen, see `speed.choice`."""
 
     fast: Flag = aside(False)  # the fastest safe way that this machine offers
     precision: Text | None = aside(None)  # of the network's body: fp32, bf16, fp16 or tf32

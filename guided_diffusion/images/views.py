@@ -52,9 +52,7 @@ class View:
     image: torch.Tensor  # (3, H, W) float32 in [-1, 1]; H = W = S if there is an image_size S
     keep_mask: torch.Tensor  # (3, H, W) float32 in [0, 1]; 1 = keep, 0 = fill in
     start: torch.Tensor | None = None  # like the image: what to start from; None: pure noise
-    windows: torch.Tensor | None = (
-        None  # (K, S, S) of `Tiles.places`; then H is 1; None: no windows
-    )
+    windows: torch.Tensor | None = None  # (K, S, S), `Tiles.places`; H is 1 then
 
     def as_picture(self, x: torch.Tensor) -> torch.Tensor:
         """What the network makes of the image, (3, H, W), as it is shown to people."""
