@@ -54,6 +54,14 @@ class View:
     start: torch.Tensor | None = None  # like the image: what to start from; None: pure noise
     windows: torch.Tensor | None = None  # (K, S, S), `Tiles.places`; H is 1 then
 
+    @property
+    def square(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and keep mask as the network gets them: (3, H, W) each, of the first window."""
+        if self.windows is None:
+            return self.image, self.keep_mask
+        first = self.windows[0]
+        return self.image[:, 0, first], self.keep_mask[:, 0, first]
+
     def as_picture(self, x: torch.Tensor) -> torch.Tensor:
         """What the network makes of the image, (3, H, W), as it is shown to people."""
         return x

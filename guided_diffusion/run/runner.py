@@ -90,7 +90,7 @@ def warn_of_doubts(plan: Plan, inpainter: Inpainter) -> None:
         return
     view = load(task, plan).view(0)
     try:
-        doubt = inpainter.doubts(view.image, view.keep_mask)
+        doubt = inpainter.doubts(*view.square)
     except (MemoryError, RuntimeError) as error:
         if not memory.ran_out(error):
             raise

@@ -88,6 +88,9 @@ def test_samples_differ_and_are_those_of_their_seeds(tmp_path):
     case = quick_case(tmp_path, images=1, samples_per_image=2)
     first, second = case.finish().values()
     assert (first != second).any()
+    image, mask = (Image.open(next((tmp_path / kind).iterdir())) for kind in ("gts", "masks"))
+    alone = load_inpainter(case.conf_path())(image, mask, seed=3 + 2**32)
+    np.testing.assert_array_equal(second, np.asarray(alone))
 
 
 def test_photos_of_any_size(tmp_path):

@@ -295,3 +295,12 @@ def test_dust_everywhere_in_a_huge_photo_comes_in_parts():
     parts = tiles.find_tiles(hole, SIZE)
     assert len(parts) > 3
     assert all(len(part.windows) < 1.2 * tiles.MOST for part in parts)
+
+
+def test_the_network_is_asked_about_a_window(tmp_path):
+    """It gets squares, though the sampler has one row of pixels."""
+    case = quick(tile_case(tmp_path))
+    with evaluations() as sizes:
+        result = case.run("--check-weights")
+    assert result.status == 0 and "everything is in order" in result.out
+    assert sizes and set(sizes) == {1} and not case.out.exists()
